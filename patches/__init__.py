@@ -1,0 +1,1 @@
+"""The vLLM plugin: the only place that touches vLLM internals."""

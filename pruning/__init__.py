@@ -1,0 +1,1 @@
+"""Plans, checkpoints, methods and calibration; never imports vLLM or the server."""

@@ -1,0 +1,37 @@
+"""The exception tree.
+
+LiveprunError
+├── ArchitectureError   the model family, or a feature of this model, is not supported
+├── PlanError           a plan is malformed, or does not fit the model
+├── CheckpointError     files of a checkpoint are missing, damaged or contradict its config
+├── DataError           calibration or evaluation rows are unusable
+└── IncompatibleEnvironmentError   the installed software cannot run this
+
+Every message names the thing, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+
+class LiveprunError(Exception):
+    """Base of every error that Liveprune raises on purpose."""
+
+
+class ArchitectureError(LiveprunError):
+    """The model family, or a feature of this model, is not supported."""
+
+
+class PlanError(LiveprunError):
+    """A plan is malformed, or does not fit the model it names."""
+
+
+class CheckpointError(LiveprunError):
+    """Files of a checkpoint are missing, damaged or contradict its config."""
+
+
+class DataError(LiveprunError):
+    """Calibration or evaluation rows are unusable."""
+
+
+class IncompatibleEnvironmentError(LiveprunError):
+    """The installed software cannot run this."""

@@ -1,0 +1,240 @@
+"""What a checkpoint's ``config.json`` says about its experts, parsed once.
+
+Reads uniform configs, transformers' ``per_layer_config`` (canonical and alias keys alike), the
+list-valued keys seen in the wild, and Liveprune's own ``liveprune`` block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from liveprune.pruning.architectures import Architecture, architecture_of
+from liveprune.pruning.errors import ArchitectureError, CheckpointError
+
+BLOCK_KEY = "liveprune"
+BLOCK_VERSION = 1
+LIST_KEYS = ("num_experts_per_layer", "num_experts_by_block", "n_routed_experts_per_layer")
+"""Per-layer counts as written by EvoESAP, MoEITS and others (conventions.md, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a layer turns gate logits into expert ids and weights."""
+
+    scoring: str
+    """``softmax`` or ``sigmoid``."""
+    renormalise: bool
+    """Top-k weights are divided by their sum."""
+    groups: int = 1
+    """Experts are split into this many equal groups; 1 means no group limit."""
+    top_groups: int = 1
+    """Groups that may be selected for one token."""
+    group_top: int = 1
+    """Best experts of a group whose scores are summed into the group's score."""
+    scale: float = 1.0
+    """Factor on the routed weights."""
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """The counts of one layer that has experts."""
+
+    index: int
+    experts: int
+    """Expert rows stored in the checkpoint."""
+    top_k: int
+    """Experts active per token, at most ``experts``."""
+    router_width: int
+    """Rows of the gate; larger than ``experts`` only under a router map."""
+
+    @property
+    def has_router_map(self) -> bool:
+        return self.router_width != self.experts
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything Liveprune reads from one ``config.json``."""
+
+    architecture: Architecture
+    layers: tuple[MoELayer, ...]
+    router: Router
+    num_hidden_layers: int
+    hidden_size: int
+    expert_size: int
+    mtp_layers: int
+    config: Mapping[str, Any]
+
+    @classmethod
+    def from_path(cls, model: Path) -> ModelSpec:
+        """Read ``model/config.json``.
+
+        Raises:
+            CheckpointError: there is no readable config.
+            ArchitectureError: the family or one of its features is not supported.
+        """
+        path = model / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: not found; expected a checkpoint folder") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: found {type(config).__name__}, expected an object")
+        return cls.from_config(config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """Parse a config; the counts come from the most specific place that states them."""
+        architecture = architecture_of(config)
+        depth = _integer(config, "num_hidden_layers")
+        mtp = int(config.get(architecture.mtp_key, 0) or 0) if architecture.mtp_key else 0
+        return cls(
+            architecture=architecture,
+            layers=_layers(architecture, config, depth),
+            router=_router(architecture, config),
+            num_hidden_layers=depth,
+            hidden_size=_integer(config, "hidden_size"),
+            expert_size=_integer(config, architecture.expert_size_key),
+            mtp_layers=mtp,
+            config=config,
+        )
+
+    @property
+    def is_uniform(self) -> bool:
+        """One count, one top-k and no router map in all layers: stock classes can load it."""
+        return len({(x.experts, x.top_k, x.router_width) for x in self.layers}) == 1 and not any(
+            x.has_router_map for x in self.layers
+        )
+
+    def layer(self, index: int) -> MoELayer:
+        for layer in self.layers:
+            if layer.index == index:
+                return layer
+        raise KeyError(index)
+
+
+def read_block(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return config's ``liveprune`` block, or None.
+
+    Raises:
+        CheckpointError: the block's version is not the one this release writes (fail closed).
+    """
+    block = config.get(BLOCK_KEY)
+    if block is None:
+        return None
+    version = block.get("version") if isinstance(block, dict) else None
+    if version != BLOCK_VERSION:
+        raise CheckpointError(
+            f"config.json: {BLOCK_KEY}.version is {version!r}; this release reads {BLOCK_VERSION}"
+        )
+    return dict(block)
+
+
+def is_moe_layer(architecture: Architecture, config: Mapping[str, Any], layer: int) -> bool:
+    """Whether decoder layer ``layer`` has experts, by the family's dense-layer rules."""
+    dense = architecture.dense
+    if dense.first_k and layer < int(config.get(dense.first_k) or 0):
+        return False
+    if dense.listed and layer in (config.get(dense.listed) or ()):
+        return False
+    if dense.every:
+        every = int(config.get(dense.every) or 1)
+        return (layer + dense.every_offset) % every == 0
+    return True
+
+
+def count_value(architecture: Architecture, config: Mapping[str, Any]) -> Any:
+    """The raw value of the expert count: canonical key, then aliases; None when absent."""
+    for key in (architecture.count_key, *architecture.count_aliases):
+        if config.get(key) is not None:
+            return config[key]
+    return None
+
+
+def _layers(
+    architecture: Architecture, config: Mapping[str, Any], depth: int
+) -> tuple[MoELayer, ...]:
+    indices = [i for i in range(depth) if is_moe_layer(architecture, config, i)]
+    counts = _counts(architecture, config, indices, depth)
+    top_k = _integer(config, architecture.top_k_key)
+    overrides = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
+    block = read_block(config) or {}
+    widths = {int(k): int(v) for k, v in block.get("router_width", {}).items()}
+    layers = []
+    for index in indices:
+        override = overrides.get(index, {})
+        experts = count_value(architecture, override) or counts[index]
+        k = int(override.get(architecture.top_k_key, top_k))
+        # A layer with fewer experts than top-k activates all it has.
+        layers.append(
+            MoELayer(index, int(experts), min(k, int(experts)), widths.get(index, int(experts)))
+        )
+    if not layers:
+        raise ArchitectureError(
+            f"config.json: no layer of this {architecture.model_type} has experts"
+        )
+    return tuple(layers)
+
+
+def _counts(
+    architecture: Architecture, config: Mapping[str, Any], indices: list[int], depth: int
+) -> dict[int, int]:
+    """Counts before ``per_layer_config``: a scalar, a list, or a dict keyed by layer."""
+    value: Any = count_value(architecture, config)
+    for key in LIST_KEYS:
+        if config.get(key) is not None:
+            value = config[key]
+    if isinstance(value, dict):
+        missing = [i for i in indices if str(i) not in value]
+        if missing:
+            raise ArchitectureError(f"config.json: expert counts miss the layers {missing}")
+        return {i: int(value[str(i)]) for i in indices}
+    if isinstance(value, list):
+        if len(value) == depth:
+            return {i: int(value[i]) for i in indices}
+        if len(value) == len(indices):
+            return {i: int(n) for i, n in zip(indices, value, strict=True)}
+        raise ArchitectureError(
+            f"config.json: found a list of {len(value)} expert counts; expected {len(indices)} "
+            f"(layers with experts) or {depth} (all layers)"
+        )
+    if not isinstance(value, int):
+        raise ArchitectureError(
+            f"config.json: found {architecture.count_key} = {value!r}, expected a number"
+        )
+    return dict.fromkeys(indices, value)
+
+
+def _router(architecture: Architecture, config: Mapping[str, Any]) -> Router:
+    renormalise = architecture.renormalise
+    if renormalise is None:
+        renormalise = bool(config.get("norm_topk_prob", architecture.renormalise_default))
+    scoring = str(config.get("scoring_func") or architecture.scoring)
+    if scoring not in ("softmax", "sigmoid"):
+        raise ArchitectureError(
+            f"config.json: scoring_func is {scoring!r}; expected 'softmax' or 'sigmoid'"
+        )
+    groups = int(config.get("n_group") or 1) if architecture.grouped else 1
+    limited = groups > 1 and config.get("topk_method") != "greedy"
+    return Router(
+        scoring=scoring,
+        renormalise=renormalise,
+        groups=groups if limited else 1,
+        top_groups=int(config.get("topk_group") or 1) if limited else 1,
+        # DeepSeek-V3 adds up a group's two best scores, V2 takes the best one.
+        group_top=2 if limited and architecture.side_tensors else 1,
+        scale=float(config.get("routed_scaling_factor") or 1.0),
+    )
+
+
+def _integer(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArchitectureError(f"config.json: found {key} = {value!r}, expected a positive number")
+    return value

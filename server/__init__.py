@@ -1,0 +1,1 @@
+"""The serving layer: command line, HTTP, the demo."""
