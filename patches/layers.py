@@ -1,0 +1,193 @@
+"""Build each MoE layer with its own expert count, top-k and router width.
+
+While one decoder layer is built, the config shows that layer's counts, the gate gets as many rows
+as its router needs, and a layer with a router map gets the router that applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from liveprune.patches.compat import Seam
+from liveprune.patches.hf_config import LAYERS_ATTRIBUTE
+from liveprune.pruning.architectures import Architecture, architecture_of
+from liveprune.pruning.errors import IncompatibleEnvironmentError
+
+MAKE_LAYERS = Seam(
+    "vllm.model_executor.models.utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix")
+)
+MAKE_LAYERS_USERS = tuple(
+    f"vllm.model_executor.models.{name}"
+    for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")
+)
+GATE_INIT = Seam(
+    "vllm.model_executor.layers.fused_moe.router.gate_linear",
+    "GateLinear.__init__",
+    (
+        "self",
+        "input_size",
+        "output_size",
+        "bias",
+        "out_dtype",
+        "params_dtype",
+        "force_fp32_compute",
+        "skip_bias_add",
+        "quant_config",
+        "prefix",
+        "return_bias",
+    ),
+)
+CREATE_ROUTER = Seam(
+    "vllm.model_executor.layers.fused_moe.router.router_factory",
+    "create_fused_moe_router",
+    (
+        "top_k",
+        "global_num_experts",
+        "renormalize",
+        "use_grouped_topk",
+        "num_expert_group",
+        "topk_group",
+        "scoring_func",
+        "num_fused_shared_experts",
+        "shared_expert_weight",
+        "routed_scaling_factor",
+        "e_score_correction_bias",
+        "custom_routing_function",
+        "eplb_state",
+        "zero_expert_type",
+        "num_logical_experts",
+        "hash_indices_table",
+        "bias_vl",
+        "image_sentinel_lo",
+        "skip_padding",
+    ),
+)
+CREATE_ROUTER_USERS = ("vllm.model_executor.layers.fused_moe.layer",)
+
+
+@dataclass
+class _Building:
+    """The layer that is being built."""
+
+    experts: int
+    router_width: int
+    router_map: torch.nn.Parameter | None = None
+
+
+_building: _Building | None = None
+
+
+def wrap_make_layers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Show each layer its own counts while it is built."""
+
+    def make_layers(num_hidden_layers: int, layer_fn: Callable[..., Any], prefix: str) -> Any:
+        from vllm.config import get_current_vllm_config
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        vllm_config = get_current_vllm_config()
+        config = vllm_config.model_config.hf_text_config
+        table = getattr(config, LAYERS_ATTRIBUTE, None)
+        if table is None:
+            return original(num_hidden_layers, layer_fn, prefix)
+        _check_parallel(vllm_config, table)
+        architecture = architecture_of({"model_type": config.model_type})
+
+        def build(prefix: str) -> Any:
+            counts = table.get(str(extract_layer_index(prefix)))
+            if counts is None:  # a dense layer
+                return layer_fn(prefix=prefix)
+            with _layer_counts(config, architecture, *counts) as building:
+                layer = layer_fn(prefix=prefix)
+            if building.router_map is not None:
+                # Beside the gate, where the checkpoint has it, so that vLLM's loader finds it.
+                block = getattr(layer, architecture.block)
+                block.register_parameter(architecture.router_map, building.router_map)
+            return layer
+
+        return original(num_hidden_layers, build, prefix)
+
+    return make_layers
+
+
+def wrap_gate_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the gate of a layer with a router map one row per original expert."""
+
+    def gate_init(self: Any, input_size: int, output_size: int, *args: Any, **kwargs: Any) -> None:
+        if _building is not None and output_size == _building.experts:
+            output_size = _building.router_width
+        original(self, input_size, output_size, *args, **kwargs)
+
+    return gate_init
+
+
+def wrap_create_router(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the router of a layer with a router map."""
+
+    def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
+        if _building is None or _building.router_width == _building.experts:
+            return original(*args, **kwargs)
+        from liveprune.patches.router_map import RouterMapRouter
+
+        # Zeros and not empty memory: a map that is never loaded must not look like one.
+        shape = (_building.experts, _building.router_width)
+        router_map = torch.nn.Parameter(
+            torch.zeros(shape, dtype=torch.float32), requires_grad=False
+        )
+        _building.router_map = router_map
+        return RouterMapRouter(
+            top_k=kwargs["top_k"],
+            global_num_experts=kwargs["global_num_experts"],
+            renormalise=kwargs["renormalize"],
+            scale=kwargs["routed_scaling_factor"],
+            router_map=router_map,
+        )
+
+    return create_fused_moe_router
+
+
+@contextmanager
+def _layer_counts(
+    config: Any, architecture: Architecture, experts: int, top_k: int, router_width: int
+) -> Iterator[_Building]:
+    global _building  # noqa: PLW0603 - vLLM builds one model at a time in a process
+    values = {architecture.count_key: experts, architecture.top_k_key: top_k}
+    saved = {key: getattr(config, key) for key in values}
+    _building = _Building(experts, router_width)
+    try:
+        for key, value in values.items():
+            setattr(config, key, value)
+        yield _building
+    finally:
+        _building = None
+        for key, value in saved.items():
+            setattr(config, key, value)
+
+
+def _check_parallel(vllm_config: Any, table: dict[str, list[int]]) -> None:
+    parallel = vllm_config.parallel_config
+    if parallel.enable_eplb:
+        raise IncompatibleEnvironmentError(
+            "--enable-eplb: expert load balancing needs one expert count for all layers; "
+            f"this model has {sorted({c[0] for c in table.values()})}"
+        )
+    if parallel.enable_expert_parallel:
+        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+        for layer, (experts, _, _) in table.items():
+            if experts % ranks:
+                raise IncompatibleEnvironmentError(
+                    f"layer {layer}: {experts} experts, expected a multiple of the {ranks} "
+                    f"expert-parallel ranks"
+                )
+    if vllm_config.speculative_config is not None and vllm_config.speculative_config.method in (
+        "mtp",
+        "deepseek_mtp",
+    ):
+        raise IncompatibleEnvironmentError(
+            "--speculative-config: this checkpoint's multi-token-prediction layers keep their own "
+            "expert count, which vLLM's draft model cannot read; serve it without speculation"
+        )

@@ -1,0 +1,49 @@
+"""Refuse a damaged pruned checkpoint by name, before and while its tensors are read.
+
+vLLM's own loader leaves rows of missing experts unset and skips tensors it does not know; on a
+pruned checkpoint either means wrong answers without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from liveprune.patches.compat import Seam
+from liveprune.pruning.model_spec import BLOCK_KEY
+from liveprune.pruning.verify import check_finite, verify_checkpoint
+
+GET_ALL_WEIGHTS = Seam(
+    "vllm.model_executor.model_loader.default_loader",
+    "DefaultModelLoader.get_all_weights",
+    ("self", "model_config", "model"),
+)
+
+
+def wrap_get_all_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Verify the files of a pruned checkpoint, then check each expert tensor as it passes."""
+
+    def get_all_weights(self: Any, model_config: Any, model: Any) -> Iterator[Any]:
+        weights = original(self, model_config, model)
+        config = model_config.hf_config
+        if not hasattr(config, BLOCK_KEY) and not hasattr(config, "liveprune_layers"):
+            return weights  # type: ignore[no-any-return]
+        folder = self._prepare_weights(
+            model_config.model,
+            None,
+            model_config.revision,
+            fall_back_to_pt=False,
+            allow_patterns_overrides=None,
+        )[0]
+        verify_checkpoint(Path(folder))
+        return _checked(weights)
+
+    return get_all_weights
+
+
+def _checked(weights: Iterator[Any]) -> Iterator[Any]:
+    for name, tensor in weights:
+        if ".experts." in name or name.endswith((".gate.weight", ".router_map")):
+            check_finite(name, tensor)
+        yield name, tensor
