@@ -67,6 +67,8 @@ class Architecture:
     expert_size_key: str = "moe_intermediate_size"
     mtp_key: str | None = None
     """Number of multi-token-prediction layers after the decoder layers."""
+    required: tuple[str, ...] = ()
+    """Keys that a config must state, because transformers' default for them is not "off"."""
 
     top_k_key: str = "num_experts_per_tok"
     gate: str = "gate.weight"
@@ -146,6 +148,7 @@ _TABLE = (
         dense=_DEEPSEEK_DENSE,
         shared="shared_experts",
         mtp_key="num_nextn_predict_layers",
+        required=("first_k_dense_replace", "n_group", "topk_group"),
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -35,20 +36,29 @@ def new_folder(path: Path) -> Iterator[Path]:
     On any error it is removed, so that a partial result is never seen under the final name.
 
     Raises:
-        FileExistsError: ``path`` exists and is not an empty folder.
+        FileExistsError: ``path`` exists and is not an empty folder, now or (another writer was
+            faster) at the end.
     """
+    taken = f"{path}: exists already; expected a new or empty folder"
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path}: exists already; expected a new or empty folder")
+        raise FileExistsError(taken)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         temporary.chmod(0o755)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync_file(file)
+        for entry in temporary.rglob("*"):
+            if entry.is_dir():
+                sync_folder(entry)
+            elif entry.is_file():
+                sync_file(entry)
         sync_folder(temporary)
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(taken) from error
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

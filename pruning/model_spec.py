@@ -49,11 +49,10 @@ class MoELayer:
     top_k: int
     """Experts active per token, at most ``experts``."""
     router_width: int
-    """Rows of the gate; larger than ``experts`` only under a router map."""
-
-    @property
-    def has_router_map(self) -> bool:
-        return self.router_width != self.experts
+    """Rows of the gate; other than ``experts`` only under a router map."""
+    has_router_map: bool = False
+    """The layer holds a router map [experts, router_width], possibly square (EEP without pruning,
+    methods.md section 2.1), so the widths alone do not tell."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,24 @@ class ModelSpec:
         architecture = architecture_of(config)
         depth = _integer(config, "num_hidden_layers")
         mtp = int(config.get(architecture.mtp_key, 0) or 0) if architecture.mtp_key else 0
+        missing = [key for key in architecture.required if key not in config]
+        if missing:
+            raise ArchitectureError(
+                f"config.json: {', '.join(missing)} not found; expected in every "
+                f"{architecture.model_type} config"
+            )
+        layers = _layers(architecture, config, depth)
+        router = _router(architecture, config)
+        for layer in layers:
+            if layer.experts % router.groups:
+                raise ArchitectureError(
+                    f"config.json: layer {layer.index} has {layer.experts} experts, expected a "
+                    f"multiple of n_group = {router.groups}"
+                )
         return cls(
             architecture=architecture,
-            layers=_layers(architecture, config, depth),
-            router=_router(architecture, config),
+            layers=layers,
+            router=router,
             num_hidden_layers=depth,
             hidden_size=_integer(config, "hidden_size"),
             expert_size=_integer(config, architecture.expert_size_key),
@@ -108,7 +121,7 @@ class ModelSpec:
     @property
     def is_uniform(self) -> bool:
         """One count, one top-k and no router map in all layers: stock classes can load it."""
-        return len({(x.experts, x.top_k, x.router_width) for x in self.layers}) == 1 and not any(
+        return len({(x.experts, x.top_k) for x in self.layers}) == 1 and not any(
             x.has_router_map for x in self.layers
         )
 
@@ -144,17 +157,27 @@ def is_moe_layer(architecture: Architecture, config: Mapping[str, Any], layer: i
     if dense.listed and layer in (config.get(dense.listed) or ()):
         return False
     if dense.every:
-        every = int(config.get(dense.every) or 1)
+        every = _positive(config.get(dense.every) or 1, dense.every)
         return (layer + dense.every_offset) % every == 0
     return True
 
 
 def count_value(architecture: Architecture, config: Mapping[str, Any]) -> Any:
-    """The raw value of the expert count: canonical key, then aliases; None when absent."""
-    for key in (architecture.count_key, *architecture.count_aliases):
-        if config.get(key) is not None:
-            return config[key]
-    return None
+    """The raw value of the expert count, under its canonical key or an alias; None when absent.
+
+    Raises:
+        ArchitectureError: the keys contradict each other.
+    """
+    return _agreed(config, (architecture.count_key, *architecture.count_aliases))
+
+
+def _agreed(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """The one value stated under some of ``keys``; None when there is none."""
+    found = {key: config[key] for key in keys if config.get(key) is not None}
+    values = list(found.values())
+    if any(value != values[0] for value in values[1:]):
+        raise ArchitectureError(f"config.json: found {found}, expected one expert count")
+    return values[0] if values else None
 
 
 def _layers(
@@ -163,18 +186,24 @@ def _layers(
     indices = [i for i in range(depth) if is_moe_layer(architecture, config, i)]
     counts = _counts(architecture, config, indices, depth)
     top_k = _integer(config, architecture.top_k_key)
-    overrides = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
+    overrides = _by_layer(config.get("per_layer_config") or {}, "per_layer_config", depth)
     block = read_block(config) or {}
-    widths = {int(k): int(v) for k, v in block.get("router_width", {}).items()}
+    widths = _by_layer(block.get("router_width") or {}, f"{BLOCK_KEY}.router_width", depth)
     layers = []
     for index in indices:
         override = overrides.get(index, {})
-        experts = count_value(architecture, override) or counts[index]
-        k = int(override.get(architecture.top_k_key, top_k))
+        if not isinstance(override, Mapping):
+            raise ArchitectureError(
+                f"config.json: per_layer_config of layer {index} is {override!r}, "
+                "expected an object"
+            )
+        stated = count_value(architecture, override)
+        where = f"{architecture.count_key} of layer {index}"
+        experts = _positive(counts[index] if stated is None else stated, where)
+        k = _positive(override.get(architecture.top_k_key, top_k), architecture.top_k_key)
+        width = _positive(widths.get(index, experts), f"router_width of layer {index}")
         # A layer with fewer experts than top-k activates all it has.
-        layers.append(
-            MoELayer(index, int(experts), min(k, int(experts)), widths.get(index, int(experts)))
-        )
+        layers.append(MoELayer(index, experts, min(k, experts), width, index in widths))
     if not layers:
         raise ArchitectureError(
             f"config.json: no layer of this {architecture.model_type} has experts"
@@ -184,22 +213,22 @@ def _layers(
 
 def _counts(
     architecture: Architecture, config: Mapping[str, Any], indices: list[int], depth: int
-) -> dict[int, int]:
-    """Counts before ``per_layer_config``: a scalar, a list, or a dict keyed by layer."""
-    value: Any = count_value(architecture, config)
-    for key in LIST_KEYS:
-        if config.get(key) is not None:
-            value = config[key]
+) -> dict[int, Any]:
+    """Raw counts before ``per_layer_config``: from a scalar, a list, or a dict keyed by layer."""
+    value: Any = _agreed(config, LIST_KEYS)
+    if value is None:
+        value = count_value(architecture, config)
     if isinstance(value, dict):
-        missing = [i for i in indices if str(i) not in value]
+        stated = _by_layer(value, "expert counts")
+        missing = [i for i in indices if i not in stated]
         if missing:
             raise ArchitectureError(f"config.json: expert counts miss the layers {missing}")
-        return {i: int(value[str(i)]) for i in indices}
+        return stated
     if isinstance(value, list):
         if len(value) == depth:
-            return {i: int(value[i]) for i in indices}
+            return dict(enumerate(value))
         if len(value) == len(indices):
-            return {i: int(n) for i, n in zip(indices, value, strict=True)}
+            return dict(zip(indices, value, strict=True))
         raise ArchitectureError(
             f"config.json: found a list of {len(value)} expert counts; expected {len(indices)} "
             f"(layers with experts) or {depth} (all layers)"
@@ -222,19 +251,42 @@ def _router(architecture: Architecture, config: Mapping[str, Any]) -> Router:
         )
     groups = int(config.get("n_group") or 1) if architecture.grouped else 1
     limited = groups > 1 and config.get("topk_method") != "greedy"
+    top_groups = int(config.get("topk_group") or 1) if limited else 1
+    if not 1 <= top_groups <= groups:
+        raise ArchitectureError(
+            f"config.json: topk_group is {top_groups}, expected 1 to n_group = {groups}"
+        )
     return Router(
         scoring=scoring,
         renormalise=renormalise,
         groups=groups if limited else 1,
-        top_groups=int(config.get("topk_group") or 1) if limited else 1,
+        top_groups=top_groups,
         # DeepSeek-V3 adds up a group's two best scores, V2 takes the best one.
         group_top=2 if limited and architecture.side_tensors else 1,
         scale=float(config.get("routed_scaling_factor") or 1.0),
     )
 
 
+def _by_layer(value: Any, name: str, depth: int | None = None) -> dict[int, Any]:
+    """An object keyed by layer, with the keys as numbers (JSON has them as strings)."""
+    if not isinstance(value, Mapping) or not all(str(key).isdecimal() for key in value):
+        raise ArchitectureError(f"config.json: {name} is {value!r}, expected an object by layer")
+    stated = {int(key): item for key, item in value.items()}
+    beyond = [index for index in stated if depth is not None and index >= depth]
+    if beyond:
+        raise ArchitectureError(
+            f"config.json: {name} states the layers {beyond}, the model has {depth}"
+        )
+    return stated
+
+
 def _integer(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+    return _positive(config.get(key), key)
+
+
+def _positive(value: Any, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArchitectureError(f"config.json: found {key} = {value!r}, expected a positive number")
+        raise ArchitectureError(
+            f"config.json: found {name} = {value!r}, expected a positive number"
+        )
     return value

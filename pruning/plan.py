@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,11 +50,13 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         where = f"layer {self.layer}"
+        for name in ("layer", "experts", "top_k"):
+            object.__setattr__(self, name, _whole(getattr(self, name), where, name))
+        object.__setattr__(self, "kept", tuple(_whole(i, where, "kept id") for i in self.kept))
         for name in ("merge", "router_map"):
             matrix = getattr(self, name)
             if matrix is not None:
                 object.__setattr__(self, name, _frozen(matrix, where, name, self.experts))
-        object.__setattr__(self, "kept", tuple(int(i) for i in self.kept))
         if self.router_map is not None and self.merge is None:
             raise PlanError(f"{where}: found a router_map without a merge matrix")
         if self.router_map is not None and self.kept:
@@ -135,6 +138,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        depth = _whole(self.num_hidden_layers, "plan", "num_hidden_layers")
+        object.__setattr__(self, "num_hidden_layers", depth)
         indices = [layer.layer for layer in self.layers]
         if not indices:
             raise PlanError("plan: found no layers, expected at least 1")
@@ -193,8 +198,19 @@ class Plan:
         return any(layer.merge is not None for layer in self.layers)
 
 
+def _whole(value: Any, where: str, name: str) -> int:
+    """A plain int; NumPy integers are taken, since they would not survive JSON."""
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise PlanError(f"{where}: {name} is {value!r}, expected a whole number")
+    return operator.index(value)
+
+
 def _frozen(matrix: Any, where: str, name: str, experts: int) -> Matrix:
-    array = np.ascontiguousarray(np.asarray(matrix, dtype=np.float32)).copy()
+    try:
+        with np.errstate(over="ignore"):  # becomes infinity, refused below
+            array = np.array(matrix, dtype=np.float32, order="C")
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{where}: {name} is not a matrix of numbers: {error}") from error
     if array.ndim != 2 or array.shape[1] != experts or not 1 <= array.shape[0] <= experts:
         raise PlanError(f"{where}: {name} is {array.shape}, expected [1..{experts}, {experts}]")
     if not np.isfinite(array).all():

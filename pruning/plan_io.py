@@ -25,10 +25,11 @@ def save_plan(plan: Plan, path: Path) -> None:
     The matrices appear first, so that a JSON file never names matrices that are not there.
     """
     matrices = {name: m for layer in plan.layers for name, m in layer.matrices().items()}
+    form = json.dumps(plan_to_json(plan, path.stem), indent=1) + "\n"
     if matrices:
         data = save({k: np.asarray(v) for k, v in matrices.items()}, {"plan": plan.digest})
         write_atomic(path.with_suffix(".safetensors"), data)
-    write_atomic(path, (json.dumps(plan_to_json(plan, path.stem), indent=1) + "\n").encode())
+    write_atomic(path, form.encode())
 
 
 def plan_to_json(plan: Plan, stem: str = "plan") -> dict[str, Any]:
@@ -69,7 +70,7 @@ def load_plan(path: Path) -> Plan:
     try:
         matrices = _load_matrices(path, form)
         plan = _plan_from_json(form, matrices)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{path}: malformed plan: {type(error).__name__}: {error}") from error
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
@@ -116,16 +117,16 @@ def _plan_from_json(form: dict[str, Any], matrices: dict[str, Matrix]) -> Plan:
                 named[field] = matrices[item[field]]
         layers.append(
             LayerPlan(
-                layer=int(item["layer"]),
-                experts=int(item["experts"]),
-                top_k=int(item["top_k"]),
+                layer=item["layer"],
+                experts=item["experts"],
+                top_k=item["top_k"],
                 kept=tuple(item.get("kept", ())),
                 **named,
             )
         )
     return Plan(
         architecture=str(form["architecture"]),
-        num_hidden_layers=int(form["num_hidden_layers"]),
+        num_hidden_layers=form["num_hidden_layers"],
         layers=tuple(layers),
         lineage=Lineage(**form["lineage"]),
         base_model=str(form.get("base_model", "")),
