@@ -1,0 +1,170 @@
+"""The observer pass: every statistic of every expert from one run over the calibration rows.
+
+Each expert is computed only on the tokens that the model's own router sends to it, once, and the
+same numbers serve the layer's output and the statistics. So the pass costs little more than
+running the model, and is right for every router: softmax, sigmoid, bias-corrected, group-limited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liveprune.pruning.calibration.rows import BATCH_TOKENS, Batch, Rows
+from liveprune.pruning.calibration.statistics import LayerStatistics, RoutingStatistics
+from liveprune.pruning.calibration.streamed import StreamedModel
+from liveprune.pruning.errors import CheckpointError
+from liveprune.pruning.model_spec import ModelSpec
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+@torch.inference_mode()
+def observe(
+    model: Path,
+    rows: Rows,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> RoutingStatistics:
+    """Run ``rows`` through ``model`` and gather statistics of every expert.
+
+    Memory: the weights of one decoder layer, the hidden states of all rows
+    (tokens with padding * hidden size * bytes of the model's dtype, in main memory), and the
+    working set of one batch; the model as a whole is never loaded. Progress counts one step per
+    layer and batch, up to the last layer with experts.
+
+    Raises:
+        CheckpointError: weights are missing, quantised, of the wrong shape, or give NaN.
+        ArchitectureError: the family or one of its features is not supported.
+    """
+    spec = ModelSpec.from_path(model)
+    stream = StreamedModel(model, spec, device)
+    batches = rows.batches(batch_tokens)
+    masks = [torch.from_numpy(batch.attention_mask) for batch in batches]
+    hidden = stream.embed([torch.from_numpy(batch.input_ids) for batch in batches])
+    experts = {layer.index: layer.experts for layer in spec.layers}
+    depth = spec.layers[-1].index + 1
+    layers: dict[int, LayerStatistics] = {}
+    for index in range(depth):
+        with stream.layer(index) as layer:
+            watch = LayerWatch(layer, experts[index]) if index in experts else None
+            for i, mask in enumerate(masks):
+                if watch is not None:
+                    watch.real = mask.reshape(-1).bool()
+                hidden[i] = stream.run(hidden[i], mask).cpu()
+                _check_finite(hidden[i], batches[i], index)
+                if progress is not None:
+                    progress(index * len(batches) + i + 1, depth * len(batches))
+        if watch is not None:
+            layers[index] = watch.statistics()
+    return RoutingStatistics(layers, rows.tokens, rows.digest, stream.weights.fingerprint())
+
+
+class LayerWatch:
+    """Takes the place of a decoder layer's experts: computes them and counts."""
+
+    def __init__(self, layer: Any, experts: int) -> None:
+        """Watch ``layer``, a transformers decoder layer whose ``mlp`` is a MoE block."""
+        self.real: Tensor | None = None
+        """[tokens] bool, true for tokens that are not padding; set before each batch."""
+        device = layer.mlp.experts.down_proj.device
+        self._sums = torch.zeros(3, 3, experts, dtype=torch.float64, device=device)
+        self._contribution = torch.zeros(experts, dtype=torch.float64, device=device)
+        self._largest = torch.full((experts,), -torch.inf, device=device)
+        self._residual: Tensor | None = None
+        layer.mlp.experts = _WatchedExperts(layer.mlp.experts, self)
+        # Every family adds the MoE block's output to what enters this norm.
+        layer.post_attention_layernorm.register_forward_pre_hook(self._keep_residual)
+
+    def statistics(self) -> LayerStatistics:
+        return LayerStatistics(
+            sums=self._sums.permute(2, 0, 1).contiguous().cpu().numpy(),
+            max_activation=self._largest.double().cpu().numpy(),
+            contribution=self._contribution.cpu().numpy(),
+        )
+
+    def _keep_residual(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._residual = inputs[0].flatten(0, 1)
+
+    def largest(self, expert: int, value: Tensor) -> None:
+        self._largest[expert] = torch.maximum(self._largest[expert], value)
+
+    def add(
+        self, experts: Tensor, tokens: Tensor, g: Tensor, norms: Tensor, routed: Tensor
+    ) -> None:
+        """Add n pairs of a token and an expert it was routed to.
+
+        ``experts``, ``tokens`` [n] int64, gate weights ``g`` and output ``norms`` [n] float;
+        ``routed`` [tokens, hidden] is the sum of weighted expert outputs per token.
+        """
+        g, norms = g.double(), norms.double()
+        weights = torch.stack([torch.ones_like(g), g, g * g])
+        powers = torch.stack([torch.ones_like(norms), norms, norms * norms])
+        products = weights[:, None, :] * powers[None, :, :]
+        self._sums.index_add_(2, experts, products)
+        if self._residual is None:
+            raise RuntimeError("the decoder layer ran its experts before its post-attention norm")
+        x = self._residual.float()
+        change = 1 - torch.cosine_similarity(x, x + routed.float(), dim=-1).double()
+        self._contribution.index_add_(0, experts, g * norms * change.clamp_min(0)[tokens])
+
+
+class _WatchedExperts(nn.Module):
+    """The experts of transformers' MoE blocks, reporting to a ``LayerWatch``."""
+
+    def __init__(self, experts: Any, watch: LayerWatch) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+        self.act_fn = experts.act_fn
+        self._watch = watch
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, hidden], [tokens, k] int64, [tokens, k] -> routed output [tokens, hidden].
+
+        Padded tokens are not routed: their output is zero, and no real token ever sees it.
+        """
+        real = self._watch.real
+        kept = torch.arange(len(hidden_states), device=hidden_states.device)
+        if real is not None:
+            kept = kept[real.to(kept.device)]
+        k = top_k_index.shape[1]
+        # Pairs of token and expert, grouped by expert; stable, so that sums have one order.
+        experts, order = torch.sort(top_k_index[kept].reshape(-1), stable=True)
+        tokens = kept[order // k]
+        weights = top_k_weights[kept].reshape(-1)[order]
+        counts = torch.bincount(experts, minlength=len(self.down_proj)).tolist()
+        output = torch.zeros_like(hidden_states)
+        norms = []
+        start = 0
+        for expert, count in enumerate(counts):
+            if not count:
+                continue
+            part = slice(start, start + count)
+            start += count
+            f = self._expert(expert, hidden_states.index_select(0, tokens[part]))
+            norms.append(torch.linalg.vector_norm(f, dim=-1, dtype=torch.float32))
+            self._watch.largest(expert, f.max().float())
+            output.index_add_(0, tokens[part], (f * weights[part, None]).to(output.dtype))
+        self._watch.add(experts, tokens, weights, torch.cat(norms), output)
+        return output
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        gate, up = nn.functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        hidden: Tensor = self.act_fn(gate) * up
+        return nn.functional.linear(hidden, self.down_proj[expert])
+
+
+def _check_finite(hidden: Tensor, batch: Batch, index: int) -> None:
+    real = torch.from_numpy(batch.attention_mask).bool()
+    if not torch.isfinite(hidden[real]).all():
+        raise CheckpointError(
+            f"layer {index}: hidden states hold NaN or infinity; expected sound weights, in a "
+            f"dtype wide enough for this model"
+        )
