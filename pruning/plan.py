@@ -208,7 +208,7 @@ def _whole(value: Any, where: str, name: str) -> int:
 def _frozen(matrix: Any, where: str, name: str, experts: int) -> Matrix:
     try:
         with np.errstate(over="ignore"):  # becomes infinity, refused below
-            array = np.array(matrix, dtype=np.float32, order="C")
+            array = np.asarray(matrix, dtype=np.float32).copy(order="C")
     except (TypeError, ValueError) as error:
         raise PlanError(f"{where}: {name} is not a matrix of numbers: {error}") from error
     if array.ndim != 2 or array.shape[1] != experts or not 1 <= array.shape[0] <= experts:
