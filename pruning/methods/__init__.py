@@ -1,0 +1,58 @@
+"""One-pass pruning methods, one a file (docs/methods.md, docs/adding-a-method.md)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from liveprune.pruning.errors import PlanError
+from liveprune.pruning.methods.aimer import AIMER
+from liveprune.pruning.methods.ean import EAN
+from liveprune.pruning.methods.easy_ep import EASY_EP
+from liveprune.pruning.methods.frequency import FREQUENCY
+from liveprune.pruning.methods.gate_norm import GATE_NORM
+from liveprune.pruning.methods.man import MAN
+from liveprune.pruning.methods.method import Method
+from liveprune.pruning.methods.msan import MSAN
+from liveprune.pruning.methods.random_choice import RANDOM
+from liveprune.pruning.methods.reap import REAP
+from liveprune.pruning.methods.soft import SOFT
+from liveprune.pruning.methods.weight_norm import WEIGHT_NORM
+from liveprune.pruning.methods.weighted_ean import WEIGHTED_EAN
+
+__all__ = ["METHODS", "Method", "find_method"]
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            RANDOM,
+            FREQUENCY,
+            SOFT,
+            EAN,
+            WEIGHTED_EAN,
+            MAN,
+            MSAN,
+            REAP,
+            EASY_EP,
+            AIMER,
+            WEIGHT_NORM,
+            GATE_NORM,
+        )
+    }
+)
+
+
+def find_method(name: str) -> Method:
+    """Look up a method by name.
+
+    Raises:
+        PlanError: there is no such method; names those that there are.
+    """
+    method = METHODS.get(name)
+    if method is None:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PlanError(f"method is {name!r}, expected one of {', '.join(METHODS)}{hint}")
+    return method
