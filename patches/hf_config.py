@@ -56,7 +56,7 @@ def adapt_config(config: Any) -> None:
         return
     spec = ModelSpec.from_config(raw)
     _check_overrides(spec, raw)
-    config._heterogeneity_spec = None  # noqa: SLF001 - transformers offers no way back
+    config.per_layer_config = None
     architecture = spec.architecture
     setattr(config, architecture.count_key, max(x.experts for x in spec.layers))
     setattr(config, architecture.top_k_key, max(x.top_k for x in spec.layers))

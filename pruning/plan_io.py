@@ -16,6 +16,9 @@ from liveprune.pruning.files import write_atomic
 from liveprune.pruning.plan import LayerPlan, Lineage, Matrix, Plan
 
 FORMAT = "liveprune-plan"
+CHECKPOINT_PLAN = Path("liveprune") / "plan.json"
+"""Where a pruned checkpoint holds its plan: a folder below, since vLLM reads every
+``*.safetensors`` beside ``config.json`` as weights."""
 VERSION = 1
 
 
@@ -56,7 +59,7 @@ def load_plan(path: Path) -> Plan:
         PlanError: not such a file, an unknown version, or content that its digest does not match.
     """
     if path.is_dir():
-        path = path / "liveprune_plan.json"
+        path = path / CHECKPOINT_PLAN
     try:
         form = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
