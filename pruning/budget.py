@@ -58,7 +58,7 @@ def parse_budget(value: str | float | Sequence[int]) -> Budget:
     Raises:
         PlanError: it is none of them.
     """
-    parsed = _parse_text(value) if isinstance(value, str) else value
+    parsed: object = _parse_text(value) if isinstance(value, str) else value
     if isinstance(parsed, float) and 0 < parsed <= 1:
         # Through the decimal form: 0.9 means nine tenths, not the binary number next to it.
         return Budget(fraction=Fraction(repr(parsed)))

@@ -23,7 +23,7 @@ from liveprune.pruning.budget import (
 )
 from liveprune.pruning.calibration.rows import MAX_ROWS, MAX_TOKENS, Rows, load_rows
 from liveprune.pruning.calibration.statistics import RoutingStatistics
-from liveprune.pruning.calibration.weights import LayerWeights, Weights, refuse_quantised
+from liveprune.pruning.calibration.weights import Weights
 from liveprune.pruning.errors import DataError, PlanError
 from liveprune.pruning.methods import Method, find_method
 from liveprune.pruning.model_spec import ModelSpec
@@ -86,11 +86,13 @@ def make_plan(
     budgets = layer_budgets(spec, budget, top_k=top_k, skip_layers=skip_layers, allocate=allocate)
     _check_before_pass(budgets, spec)
     needs_rows = chosen.needs_calibration or keep_super_experts
-    if needs_rows or chosen.from_weights is not None:
-        refuse_quantised(spec, f"method {chosen.name}")
+    reads_weights = needs_rows or chosen.from_weights is not None
+    weights = Weights(model, spec) if reads_weights else None
     rows = _rows(model, spec, chosen, calibration, max_tokens, max_rows) if needs_rows else None
-    statistics = _statistics(model, rows, device, statistics_cache, progress) if rows else None
-    scores = _scores(chosen, model, spec, statistics, seed, progress)
+    statistics = None
+    if rows is not None and weights is not None:
+        statistics = _statistics(weights, rows, device, statistics_cache, progress)
+    scores = _scores(chosen, spec, statistics, weights, seed, progress)
     protected = statistics.super_experts() if statistics and keep_super_experts else {}
     budgets, ranked = _protect(budgets, scores, protected, spec)
     counts = {item.layer.index: item.keep for item in budgets}
@@ -147,27 +149,27 @@ def _rows(
 
 
 def _statistics(
-    model: Path, rows: Rows, device: str, cache: Path | None, progress: Progress | None
+    weights: Weights, rows: Rows, device: str, cache: Path | None, progress: Progress | None
 ) -> RoutingStatistics:
     """Run the observer pass, or find its result in the cache."""
     from liveprune.pruning.calibration.observer import observe
 
     if cache is None:
-        return observe(model, rows, device=device, progress=progress)
-    key = f"{Weights(model).fingerprint()}{rows.digest}"
+        return observe(weights.model, rows, device=device, progress=progress)
+    key = f"{weights.fingerprint()}{rows.digest}"
     path = cache / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
     if path.exists():
         return RoutingStatistics.load(path)
-    statistics = observe(model, rows, device=device, progress=progress)
+    statistics = observe(weights.model, rows, device=device, progress=progress)
     statistics.save(path)
     return statistics
 
 
 def _scores(
     method: Method,
-    model: Path,
     spec: ModelSpec,
     statistics: RoutingStatistics | None,
+    weights: Weights | None,
     seed: int,
     progress: Progress | None,
 ) -> dict[int, Scores]:
@@ -176,14 +178,13 @@ def _scores(
     if method.from_seed is not None:
         generator = np.random.default_rng(seed)
         return {x.index: method.from_seed(x.experts, generator) for x in spec.layers}
-    if method.from_weights is None:
-        raise DataError(f"method {method.name} needs routing statistics: found none")
-    weights = Weights(model)
+    if method.from_weights is None or weights is None:
+        raise ValueError(f"method {method.name}: what it scores from was not prepared")
     scores = {}
-    for done, layer in enumerate(spec.layers, start=1):
-        scores[layer.index] = method.from_weights(LayerWeights(weights, spec.architecture, layer))
+    for done, (index, layer) in enumerate(weights.layers.items(), start=1):
+        scores[index] = method.from_weights(layer)
         if progress is not None:
-            progress(done, len(spec.layers))
+            progress(done, len(weights.layers))
     return scores
 
 

@@ -7,7 +7,7 @@ running the model, and is right for every router: softmax, sigmoid, bias-correct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +47,45 @@ def observe(
     spec = ModelSpec.from_path(model)
     stream = StreamedModel(model, spec, device)
     batches = rows.batches(batch_tokens)
-    masks = [torch.from_numpy(batch.attention_mask) for batch in batches]
     hidden = stream.embed([torch.from_numpy(batch.input_ids) for batch in batches])
     experts = {layer.index: layer.experts for layer in spec.layers}
     depth = spec.layers[-1].index + 1
-    layers: dict[int, LayerStatistics] = {}
+    layers = {}
     for index in range(depth):
-        with stream.layer(index) as layer:
-            watch = LayerWatch(layer, experts[index]) if index in experts else None
-            for i, mask in enumerate(masks):
-                if watch is not None:
-                    watch.real = mask.reshape(-1).bool()
-                hidden[i] = stream.run(hidden[i], mask).cpu()
-                _check_finite(hidden[i], batches[i], index)
-                if progress is not None:
-                    progress(index * len(batches) + i + 1, depth * len(batches))
-        if watch is not None:
-            layers[index] = watch.statistics()
+
+        def step(batch: int, index: int = index) -> None:
+            if progress is not None:
+                progress(index * len(batches) + batch + 1, depth * len(batches))
+
+        found = _observe_layer(stream, index, experts.get(index), batches, hidden, step)
+        if found is not None:
+            layers[index] = found
     return RoutingStatistics(layers, rows.tokens, rows.digest, stream.weights.fingerprint())
+
+
+def _observe_layer(
+    stream: StreamedModel,
+    index: int,
+    experts: int | None,
+    batches: Sequence[Batch],
+    hidden: list[Tensor],
+    step: Callable[[int], None],
+) -> LayerStatistics | None:
+    """Take all batches through one layer, in place in ``hidden``; None if it has no experts."""
+    with stream.layer(index) as layer:
+        watch = LayerWatch(layer, experts) if experts is not None else None
+        for i, batch in enumerate(batches):
+            mask = torch.from_numpy(batch.attention_mask)
+            if watch is not None:
+                watch.real = mask.reshape(-1).bool()
+            hidden[i] = stream.run(hidden[i], mask).cpu()
+            if not torch.isfinite(hidden[i][mask.bool()]).all():
+                raise CheckpointError(
+                    f"layer {index}: hidden states hold NaN or infinity; expected sound weights, "
+                    f"in a dtype wide enough for this model"
+                )
+            step(i)
+        return watch.statistics() if watch is not None else None
 
 
 class LayerWatch:
@@ -159,12 +180,3 @@ class _WatchedExperts(nn.Module):
         gate, up = nn.functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
         hidden: Tensor = self.act_fn(gate) * up
         return nn.functional.linear(hidden, self.down_proj[expert])
-
-
-def _check_finite(hidden: Tensor, batch: Batch, index: int) -> None:
-    real = torch.from_numpy(batch.attention_mask).bool()
-    if not torch.isfinite(hidden[real]).all():
-        raise CheckpointError(
-            f"layer {index}: hidden states hold NaN or infinity; expected sound weights, in a "
-            f"dtype wide enough for this model"
-        )

@@ -18,15 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 
-from liveprune.pruning.calibration.weights import LayerWeights, Weights, refuse_quantised
+from liveprune.pruning.calibration.weights import LayerWeights, Weights
 from liveprune.pruning.errors import ArchitectureError, CheckpointError
 from liveprune.pruning.model_spec import BLOCK_KEY, LIST_KEYS, ModelSpec
 
 BLOCK = "mlp."
 """Every family's MoE or dense block below a transformers decoder layer."""
-GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
-IGNORED = "rotary_emb.inv_freq"
-"""Recomputed by the model; old checkpoints store it."""
 
 
 class StreamedModel:
@@ -39,7 +36,6 @@ class StreamedModel:
             CheckpointError: the weights are quantised, missing or not safetensors.
             ArchitectureError: the checkpoint has a router map, which only Liveprune's server runs.
         """
-        refuse_quantised(spec, "running the model layer by layer")
         mapped = [x.index for x in spec.layers if x.has_router_map]
         if mapped:
             raise ArchitectureError(
@@ -48,7 +44,7 @@ class StreamedModel:
             )
         self.spec = spec
         self.device = torch.device(device)
-        self.weights = Weights(model)
+        self.weights = Weights(model, spec)
         self._config = _base_config(spec)
         self._skeleton = _skeleton(self._config)
         self._layer_class: Any = type(self._skeleton.layers[0])
@@ -69,9 +65,7 @@ class StreamedModel:
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Token ids [rows, length] int64 -> hidden states [rows, length, hidden] before layer 0."""
         table = self.weights.tensor("model.embed_tokens.weight")
-        hidden = [nn.functional.embedding(ids, table).to(self.dtype) for ids in batches]
-        self.weights.close()
-        return hidden
+        return [nn.functional.embedding(ids, table).to(self.dtype) for ids in batches]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
@@ -86,7 +80,6 @@ class StreamedModel:
             yield layer
         finally:
             self._skeleton.layers[index] = _Skipped()
-            self.weights.close()
 
     def run(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states [rows, length, hidden] after the layer in place.
@@ -111,22 +104,11 @@ class StreamedModel:
             layer = self._layer_class(config, index)
         prefix = f"model.layers.{index}."
         source_block = f"{architecture.block}." if moe is not None else BLOCK
-        found = {n for n in self.weights if n.startswith(prefix) and not n.endswith(IGNORED)}
-        state = {}
+        state = _stacked(self.weights.layers[index], layer.mlp.experts) if moe is not None else {}
         for name, like in layer.state_dict().items():
-            if moe is not None and name in (BLOCK + GATE_UP, BLOCK + DOWN):
-                stacked = LayerWeights(self.weights, architecture, moe)
-                state[name] = _stacked(stacked, like, down=name.endswith(DOWN))
-                found -= {n for n in found if f".{source_block}experts." in n}
-            else:
+            if name not in state:
                 source = prefix + name.replace(BLOCK, source_block, 1)
                 state[name] = _cast(self.weights.tensor(source), like, source)
-                found.discard(source)
-        if found:
-            raise CheckpointError(
-                f"{self.weights.model}: layer {index}: found tensors that the model does not use: "
-                f"{sorted(found)[:4]}"
-            )
         layer.load_state_dict(state, assign=True)
         return layer.eval().to(self.device)  # type: ignore[no-any-return]
 
@@ -138,36 +120,16 @@ class _Skipped(nn.Module):
         return hidden_states
 
 
-def _stacked(layer: LayerWeights, like: Tensor, *, down: bool) -> Tensor:
-    """The experts of a layer as one tensor: [experts, 2 ffn, hidden], or [experts, hidden, ffn]."""
-    count, rows = layer.layer.experts, like.shape[1]
-    extra = layer.prefix + f"experts.{count}.{layer.architecture.experts.gate}.weight"
-    if extra in layer.weights:
-        raise CheckpointError(
-            f"layer {layer.layer.index}: found {extra}, expected {count} experts as in config.json"
-        )
-    names = layer.architecture.experts
-    stacked = torch.empty(like.shape, dtype=like.dtype)
-    for index in range(count):
-        at = f"{layer.prefix}experts.{index}."
-        if layer.is_fused:
-            fused = layer.architecture.fused_down if down else layer.architecture.fused_gate_up
-            source = layer.prefix + fused
-            if layer.weights.shape(source) != tuple(like.shape):
-                raise CheckpointError(
-                    f"{source} is {list(layer.weights.shape(source))}, expected {list(like.shape)}"
-                )
-            stacked[index] = layer.weights.row(source, index)
-        elif down:
-            source = f"{at}{names.down}.weight"
-            stacked[index] = _cast(layer.weights.tensor(source), like[index], source)
-        else:
-            half = rows // 2
-            for start, name in ((0, names.gate), (half, names.up)):
-                source = f"{at}{name}.weight"
-                part = _cast(layer.weights.tensor(source), like[index, :half], source)
-                stacked[index, start : start + half] = part
-    return stacked
+def _stacked(layer: LayerWeights, like: Any) -> dict[str, Tensor]:
+    """A layer's experts as transformers holds them: all in one tensor per projection.
+
+    [experts, 2 ffn, hidden] for gate and up, [experts, hidden, ffn] for down.
+    """
+    gate_up = torch.empty(like.gate_up_proj.shape, dtype=like.gate_up_proj.dtype)
+    down = torch.empty(like.down_proj.shape, dtype=like.down_proj.dtype)
+    for index, matrices in enumerate(layer.experts()):
+        gate_up[index], down[index] = matrices
+    return {BLOCK + "experts.gate_up_proj": gate_up, BLOCK + "experts.down_proj": down}
 
 
 def _cast(tensor: Tensor, like: Tensor, name: str) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _score(layer: LayerWeights) -> Scores:
-    """rms(W) / mean|W| over all entries of the expert's three matrices, float64 sums.
+    """rms(W) / mean|W| over all entries of the expert's matrices, float64 sums.
 
     The paper prunes the highest mean|W| / rms(W); the reciprocal keeps the order and makes higher
     mean keep. An expert of zeros scores 0.
