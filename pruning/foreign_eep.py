@@ -8,7 +8,6 @@ methods.md, sections 2.2 and 2.8.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -145,11 +144,11 @@ def _load(path: Path) -> Any:
         if magic[8:9] == b"{":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.PickleError) as error:
-        reason = str(error).partition("\n")[0]
-        raise PlanError(f"{path}: not readable as EEP coefficients: {reason}") from error
     except SafetensorError as error:
         raise PlanError(f"{path}: not readable as safetensors: {error}") from error
+    except Exception as error:  # torch's unpickler fails on damaged input with errors of any type
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise PlanError(f"{path}: not readable as EEP coefficients: {reason}") from error
 
 
 def _coefficients(path: Path, key: Any, value: Any) -> Coefficients:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
-from liveprune.pruning.plan_io import load_plan, plan_to_json, save_plan
+from liveprune.pruning.plan_io import CHECKPOINT_PLAN, load_plan, plan_to_json, save_plan
 
 HALF = np.eye(8, dtype=np.float32)[:4]
 PRUNED = Plan(
@@ -98,7 +98,7 @@ def test_files_of_a_plan(tmp_path: Path) -> None:
 
 
 def test_a_folder_means_the_plan_of_a_checkpoint(tmp_path: Path) -> None:
-    save_plan(MERGED, tmp_path / "liveprune_plan.json")
+    save_plan(MERGED, tmp_path / CHECKPOINT_PLAN)
     assert load_plan(tmp_path) == MERGED
 
 
