@@ -1,0 +1,192 @@
+"""Plan -> checkpoint, streaming: weights pass through as ranges of bytes and are never held.
+
+Kept experts are renumbered 0..E'-1 in ascending original order; gate rows and the router's other
+tensors are cut to match; merged experts are computed a chunk of elements at a time; all else is
+copied byte for byte. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from liveprune.pruning.apply_config import apply_config
+from liveprune.pruning.base_files import base_files
+from liveprune.pruning.errors import CheckpointError, PlanError
+from liveprune.pruning.files import new_folder, write_atomic
+from liveprune.pruning.fingerprint import fingerprint
+from liveprune.pruning.layer_tensors import LayerTensors, layer_tensors
+from liveprune.pruning.merge import Merge, Span
+from liveprune.pruning.model_card import base_model_name, model_card
+from liveprune.pruning.model_spec import BLOCK_KEY, ModelSpec
+from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan_guards import check_plan
+from liveprune.pruning.plan_io import save_plan
+from liveprune.pruning.rewrite import Literal, MergedRow, Output, in_place, rewrite
+from liveprune.pruning.safetensors_io import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    item_bits,
+    read_checkpoint,
+)
+from liveprune.pruning.shard_writer import ShardWriter, index_json
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written, bytes in all)."""
+PLAN_NAME = "liveprune_plan.json"
+_SPARE_BYTES = 1 << 20
+"""Room for headers, config, index and card."""
+
+_Targets = dict[Merge, dict[int, tuple[ShardWriter, int]]]
+
+
+def apply_plan(model: Path, plan: Plan, output: Path, *, progress: Progress | None = None) -> None:
+    """Write the checkpoint that ``plan`` makes of ``model`` to the new folder ``output``.
+
+    Keeps the layout (classic or fused) and the shards of ``model``; a shard left empty disappears.
+    Holds one buffer of tens of MiB at most, whatever the size of the model.
+
+    Raises:
+        PlanError: the plan does not fit, or would merge quantised experts.
+        CheckpointError: the model's files are damaged or contradict its config, merged weights
+            are not finite, there is no room, or writing failed.
+        ArchitectureError: the family is not supported.
+        FileExistsError: ``output`` exists and is not an empty folder.
+    """
+    spec = ModelSpec.from_path(model)
+    check_plan(plan, spec)
+    plan = dataclasses.replace(plan, base_model=plan.base_model or base_model_name(model, plan))
+    config = apply_config(spec.config, plan, spec)
+    checkpoint = read_checkpoint(model)
+    blocks = layer_tensors(checkpoint.tensors, spec)
+    _refuse_quantised_merges(blocks, plan, spec)
+    shards = _shards(checkpoint, rewrite(blocks, plan, spec.architecture))
+    files = base_files(model)
+    total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
+    _check_space(output, total + sum(file.stat().st_size for file in files.values()))
+    with new_folder(output) as folder:
+        try:
+            _write_shards(folder, shards, total, progress)
+            for name, file in files.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / name)
+            write_atomic(folder / INDEX_NAME, index_json(shards))
+            save_plan(plan, folder / PLAN_NAME)
+            _write_config(folder, config)
+            card = model_card(model, plan, ModelSpec.from_config(config))
+            write_atomic(folder / "README.md", card.encode())
+        except OSError as error:
+            raise CheckpointError(f"{output}: not written: {error}") from error
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json with the fingerprints of what was in fact written."""
+    spec = ModelSpec.from_config(config)
+    blocks = layer_tensors(read_checkpoint(folder).tensors, spec)
+    prints = {block.layer.index: fingerprint(block, spec.architecture) for block in blocks}
+    config[BLOCK_KEY]["fingerprints"] = {str(index): value for index, value in prints.items()}
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(folder / "config.json", text.encode())
+
+
+def _refuse_quantised_merges(blocks: Sequence[LayerTensors], plan: Plan, spec: ModelSpec) -> None:
+    for block in blocks:
+        quantised = block.quantised(spec.architecture)
+        if quantised and plan.layer(block.layer.index).merge is not None:
+            raise PlanError(
+                f"layer {block.layer.index}: the plan merges experts, but {quantised} is "
+                f"quantised; expected bfloat16, float16 or float32 weights, or a plan that only "
+                f"prunes"
+            )
+
+
+def _shards(
+    checkpoint: Checkpoint, changes: Mapping[str, tuple[Output, ...]]
+) -> dict[str, list[Output]]:
+    """The new tensors by file name, in the shards of the base model; empty ones disappear."""
+    groups = []
+    for path in checkpoint.shards:
+        tensors = {name: e for name, e in checkpoint.tensors.items() if e.path == path}
+        outputs = in_place(tensors, changes)
+        # Wide elements first, as safetensors' own writer does, keeps every tensor aligned.
+        outputs.sort(key=lambda tensor: -item_bits(tensor.dtype))
+        if outputs:
+            groups.append(outputs)
+    if len(groups) == 1:
+        return {SINGLE_NAME: groups[0]}
+    return {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
+        for number, group in enumerate(groups, start=1)
+    }
+
+
+def _check_space(output: Path, size: int) -> None:
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size + _SPARE_BYTES:
+        raise CheckpointError(
+            f"{output}: {size:,} bytes to write, found {free:,} free on the disk of {parent}"
+        )
+
+
+def _write_shards(
+    folder: Path, shards: Mapping[str, Sequence[Output]], total: int, progress: Progress | None
+) -> None:
+    written = 0
+
+    def count(size: int) -> None:
+        nonlocal written
+        written += size
+        if progress is not None:
+            progress(min(written, total), total)
+
+    with ExitStack() as stack:
+        flusher = ThreadPoolExecutor(1, "flush")
+        stack.callback(flusher.shutdown, cancel_futures=True)
+        open_file = _OpenFiles(stack)
+        targets: _Targets = {}
+        for name, tensors in shards.items():
+            writer = stack.enter_context(ShardWriter(folder / name, tensors, flusher, count))
+            for tensor in tensors:
+                _fill(writer, tensor, open_file, targets)
+        for merge, rows in targets.items():
+            for start, chunks in merge.chunks(open_file):
+                for row, data in enumerate(chunks):
+                    writer, offset = rows[row]
+                    writer.write(data, offset + start)
+
+
+def _fill(writer: ShardWriter, tensor: Output, open_file: _OpenFiles, targets: _Targets) -> None:
+    """Copy what is to be copied; note where merged rows belong."""
+    offset = writer.offsets[tensor.name]
+    for part in tensor.parts:
+        match part:
+            case Span():
+                writer.copy(open_file(part.path), part.start, offset, part.size)
+            case Literal():
+                writer.write(part.data, offset)
+            case MergedRow():
+                targets.setdefault(part.merge, {})[part.row] = (writer, offset)
+        offset += part.size
+
+
+class _OpenFiles:
+    """Descriptors of weight files, opened once and closed with ``stack``."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._files: dict[Path, int] = {}
+
+    def __call__(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+            self._stack.callback(os.close, self._files[path])
+        return self._files[path]

@@ -1,0 +1,146 @@
+"""The README.md of a pruned checkpoint: what it is, where it came from, how to run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.plan import LayerPlan, Plan
+
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def base_model_name(model: Path, plan: Plan) -> str:
+    """How people know the base model: the plan's name for it, else the hub id, else the folder.
+
+    Paths are cut down to a name: they mean nothing on another machine.
+    """
+    stated = plan.base_model
+    if stated and not Path(stated).is_absolute() and stated.count("/") <= 1:
+        return stated
+    path = Path(stated) if stated else model.absolute()
+    for part in path.parts:
+        # The hub's cache: models--ORG--NAME/snapshots/REVISION.
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def model_card(model: Path, plan: Plan, spec: ModelSpec) -> str:
+    """Return the card's text.
+
+    Args:
+        model: folder of the base model; its own card may state a licence, which is kept.
+        plan: the plan carried out.
+        spec: the pruned checkpoint's spec.
+    """
+    name = base_model_name(model, plan)
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "base_model": name,
+        "tags": ["pruning", "moe", "liveprune"],
+        **_licence(model),
+    }
+    # JSON values are YAML values.
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in fields.items())
+    experts = _span([layer.experts for layer in plan.layers])
+    kept = _span([layer.kept_experts for layer in plan.layers])
+    return f"""---
+{front}
+---
+
+# {name}, {kept} of {experts} experts per layer
+
+Made from `{name}` by Liveprune: a plan says which experts of
+each layer stay or how they merge; shared experts, attention and embeddings are the base model's,
+byte for byte.
+
+## Run
+
+{_usage(spec)}
+
+## Lineage
+
+| | |
+|---|---|
+{_lineage(plan)}
+
+`liveprune_plan.json` in this folder is the whole plan: `liveprune inspect`, `liveprune apply`.
+
+## Layers
+
+| layer | experts before | experts | top-k | change |
+|---|---|---|---|---|
+{_rows(plan)}
+"""
+
+
+def _usage(spec: ModelSpec) -> str:
+    if spec.is_uniform:
+        return (
+            "An ordinary checkpoint: `transformers`, `vllm serve` and `liveprune serve` load it "
+            "without changes."
+        )
+    if any(layer.has_router_map for layer in spec.layers):
+        return (
+            "`liveprune serve PATH`. Layers with a router map (`router_map` tensors: scores are "
+            "the map times the softmax over the base model's experts) need Liveprune; stock "
+            "`transformers` and vLLM refuse this checkpoint."
+        )
+    return (
+        "`liveprune serve PATH`. The counts of each layer are in `per_layer_config`, the standard "
+        "key of `transformers`; where stock model classes and stock vLLM cannot build layers of "
+        "different counts, they refuse this checkpoint."
+    )
+
+
+def _lineage(plan: Plan) -> str:
+    lineage = plan.lineage
+    facts = {
+        "plan": plan.digest,
+        "method": lineage.method,
+        "parameters": json.dumps(dict(lineage.parameters), default=str) or None,
+        "seed": lineage.seed,
+        "calibration digest": lineage.calibration,
+        "versions": ", ".join(f"{k} {v}" for k, v in lineage.versions.items()) or None,
+    }
+    stated = {key: value for key, value in facts.items() if value is not None}
+    return "\n".join(f"| {key} | `{_cell(value)}` |" for key, value in stated.items())
+
+
+def _rows(plan: Plan) -> str:
+    return "\n".join(
+        f"| {x.layer} | {x.experts} | {x.kept_experts} | {x.top_k} | {_change(x)} |"
+        for x in plan.layers
+    )
+
+
+def _change(layer: LayerPlan) -> str:
+    if layer.router_map is not None:
+        return "merged, with a router map"
+    if layer.merge is not None:
+        return "merged"
+    return "none" if layer.is_identity else "kept " + ", ".join(map(str, layer.kept))
+
+
+def _licence(model: Path) -> dict[str, Any]:
+    """The licence fields of the base model's card, if it has one that can be read."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        metadata = metadata_load(model / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {key: metadata[key] for key in _LICENCE_KEYS if metadata.get(key) is not None}
+
+
+def _span(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
