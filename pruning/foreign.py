@@ -83,7 +83,8 @@ def read_any_plan(
             against it when given.
         ratio: for ranked experts, the fraction to remove.
         top_k: for foreign forms, the active experts per token of every layer; None means the
-            model's. A layer that keeps fewer activates all it keeps.
+            model's, which every layer must then keep. With a number, a layer that keeps fewer
+            activates all it keeps.
 
     Raises:
         PlanError: the file is in no known form, damaged, or does not fit the model; or an

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from liveprune.pruning.errors import PlanError
+from liveprune.pruning.foreign_layers import active_experts, plan_over
 from liveprune.pruning.model_spec import ModelSpec, MoELayer
 from liveprune.pruning.plan import LayerPlan, Lineage, Matrix, Plan
 
@@ -108,12 +109,7 @@ def eep_plan(file: CoefficientFile, spec: ModelSpec, top_k: int | None, lineage:
         merge = _find(merges, tensor, "others", base)
         router_map = _find(maps, transfer, "others_transfer", base)
         layers.append(_layer_plan(base, merge, router_map, spec, top_k))
-    return Plan(
-        architecture=spec.architecture.model_type,
-        num_hidden_layers=spec.num_hidden_layers,
-        layers=tuple(layers),
-        lineage=lineage,
-    )
+    return plan_over(spec, layers, lineage)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -200,7 +196,7 @@ def _layer_plan(
     spec: ModelSpec,
     top_k: int | None,
 ) -> LayerPlan:
-    active = min(base.top_k if top_k is None else top_k, len(merge.matrix))
+    active = active_experts(base, len(merge.matrix), top_k)
     rows = merge.one_hot
     pruned = rows is not None and len(set(rows)) == len(rows) and rows == router_map.one_hot
     if rows is not None and pruned and spec.router.renormalise:

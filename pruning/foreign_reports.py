@@ -15,6 +15,7 @@ from typing import Any
 from liveprune.pruning.architectures import ARCHITECTURES
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.files import write_atomic
+from liveprune.pruning.foreign_layers import active_experts, plan_over
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 
@@ -136,14 +137,9 @@ def _plan(
     layers = []
     for base in spec.layers:
         ids = tuple(sorted(kept.get(base.index, range(base.experts))))
-        active = min(base.top_k if top_k is None else top_k, len(ids))
+        active = active_experts(base, len(ids), top_k)
         layers.append(LayerPlan(base.index, base.experts, active, kept=ids))
-    return Plan(
-        architecture=spec.architecture.model_type,
-        num_hidden_layers=spec.num_hidden_layers,
-        layers=tuple(layers),
-        lineage=lineage,
-    )
+    return plan_over(spec, layers, lineage)
 
 
 def _ids(value: Any, layer: int) -> list[int]:

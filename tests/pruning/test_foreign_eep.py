@@ -203,7 +203,9 @@ def test_a_file_of_a_running_search(tmp_path: Path) -> None:
 
 def test_one_expert_left_is_one_active(tmp_path: Path) -> None:
     path = write(tmp_path / "x.pth", both("others", one_hot(5)))
-    assert read_any_plan(path, mixtral(1)).layers[0].top_k == 1
+    with pytest.raises(PlanError, match=r"layer 0: keeps 1 experts, .* model's top-k = 2; pass"):
+        read_any_plan(path, mixtral(1))
+    assert read_any_plan(path, mixtral(1), top_k=2).layers[0].top_k == 1
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_one_expert_left_is_one_active(tmp_path: Path) -> None:
             {"others": one_hot(0), "others_transfer": one_hot(0) / 0},
             "'others_transfer' holds NaN or infinity",
         ),
-        ({"layers.0": one_hot(0), "others_transfer": one_hot(0)}, "layer 1: found no coefficients"),
+        ({"layers.0": one_hot(0, 1), "others_transfer": one_hot(0, 1)}, "layer 1: found no coeff"),
         ({"others": one_hot(0)}, "layer 0: found no coefficients.*'transfer.0', or 'others_trans"),
         (both("others", torch.eye(6)[:2]), r"layer 0: 'others' is \(2, 6\), expected \[kept, 8\]"),
         (

@@ -67,9 +67,11 @@ def test_a_report_names_kept_ids_by_real_layer_index(tmp_path: Path) -> None:
     assert plan.lineage.method == "llm-compressor-report"
 
 
-def test_top_k_is_lowered_on_request_and_where_too_few_are_kept(tmp_path: Path) -> None:
+def test_top_k_is_lowered_on_request_only(tmp_path: Path) -> None:
     path = write(tmp_path / "report.json", {"model.layers.2.mlp": [4, 5]})
-    assert [x.top_k for x in read_any_plan(path, DEEPSEEK).layers] == [3, 2, 3]
+    with pytest.raises(PlanError, match=r"layer 2: keeps 2 experts, .* model's top-k = 3; pass"):
+        read_any_plan(path, DEEPSEEK)
+    assert [x.top_k for x in read_any_plan(path, DEEPSEEK, top_k=3).layers] == [3, 2, 3]
     assert [x.top_k for x in read_any_plan(path, DEEPSEEK, top_k=1).layers] == [1, 1, 1]
     with pytest.raises(PlanError, match="layer 1: top_k is 4, expected at most the model's 3"):
         read_any_plan(path, DEEPSEEK, top_k=4)
@@ -82,9 +84,9 @@ def test_top_k_is_lowered_on_request_and_where_too_few_are_kept(tmp_path: Path) 
     [
         ({"model.layers.0.mlp": [1, 2, 3]}, r"states the layers \[0\], .* experts in \[1, 2, 3\]"),
         ({"model.layers.9.mlp": [1, 2, 3]}, r"states the layers \[9\]"),
-        ({"model.layers.1.mlp": [], "model.layers.2.mlp": [1]}, "layer 1: found no kept experts"),
-        ({"model.layers.1.mlp": [1, 10]}, r"layer 1: found kept ids \[10\], expected 0 to 9"),
-        ({"model.layers.1.mlp": [1, 1]}, r"layer 1: found kept ids \[1, 1\]"),
+        ({"model.layers.1.mlp": []}, "layer 1: keeps 0 experts, expected at least"),
+        ({"model.layers.1.mlp": [1, 2, 10]}, r"layer 1: found kept ids \[10\], expected 0 to 9"),
+        ({"model.layers.1.mlp": [1, 1, 2]}, r"layer 1: found kept ids \[1, 1, 2\]"),
         ({"model.layers.1.mlp": [1, 2.5]}, "layer 1: found .*, expected a list of expert ids"),
         ({"model.layers.1.mlp": [True]}, "layer 1: found .*, expected a list of expert ids"),
         ({"model.layers.1.mlp": {"kept": [1]}}, "layer 1: found .*, expected a list of expert"),
@@ -117,10 +119,10 @@ KEPT = st.sets(st.integers(0, 9), min_size=1).map(lambda s: tuple(sorted(s)))
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(kept=st.tuples(KEPT, KEPT, KEPT), top_k=st.none() | st.integers(1, 3))
-def test_round_trip(tmp_path: Path, kept: tuple[tuple[int, ...], ...], top_k: int | None) -> None:
+@given(kept=st.tuples(KEPT, KEPT, KEPT), top_k=st.integers(1, 3))
+def test_round_trip(tmp_path: Path, kept: tuple[tuple[int, ...], ...], top_k: int) -> None:
     layers = tuple(
-        LayerPlan(i, 10, min(top_k or 3, len(ids)), kept=ids) for i, ids in enumerate(kept, 1)
+        LayerPlan(i, 10, min(top_k, len(ids)), kept=ids) for i, ids in enumerate(kept, 1)
     )
     plan = Plan("deepseek_v2", 4, layers, Lineage("reap"))
     path = tmp_path / "report.json"
@@ -171,14 +173,16 @@ def test_the_ratio_is_the_fraction_removed_and_the_kept_count_is_rounded_down(
     tmp_path: Path, ratio: float, kept: int
 ) -> None:
     path = write_rows(tmp_path / "ranked.jsonl", rows())
-    plan = read_any_plan(path, DEEPSEEK, ratio=ratio)
+    plan = read_any_plan(path, DEEPSEEK, ratio=ratio, top_k=1)
     assert [x.kept for x in plan.layers] == [tuple(sorted(RANKING[:kept]))] * 3
+    with pytest.raises(PlanError, match="layer 1: found no kept experts"):
+        read_any_plan(path, DEEPSEEK, ratio=0.95, top_k=1)
 
 
 def test_a_single_row(tmp_path: Path) -> None:
     spec = ModelSpec.from_config({**DEEPSEEK.config, "num_hidden_layers": 2})
     path = write_rows(tmp_path / "ranked.jsonl", [{"layer": 1, "experts": RANKING}])
-    assert read_any_plan(path, spec, ratio=0.8).layers[0].kept == (1, 3)
+    assert read_any_plan(path, spec, ratio=0.7).layers[0].kept == (1, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ def test_a_single_row(tmp_path: Path) -> None:
         (rows(), 1.0, "ratio is 1.0, expected the fraction to remove"),
         (rows(), -0.1, "ratio is -0.1"),
         (rows(), float("nan"), "ratio is nan"),
-        (rows(), 0.95, "layer 1: found no kept experts"),
+        (rows(), 0.8, "layer 1: keeps 2 experts, expected at least the model's top-k = 3"),
         (rows()[:2], 0.5, r"found no row for the layers \[3\]"),
         ([*rows(), rows()[0]], 0.5, "row 4: layer 1 is ranked a second time"),
         ([*rows(), {"layer": 0, "experts": RANKING}], 0.5, r"states the layers \[0\]"),
