@@ -49,15 +49,20 @@ class Inspection:
     total_bytes: int | None
     """All tensors of the checkpoint; None for a plan."""
 
+    @property
+    def expert_bytes(self) -> int | None:
+        """Stored bytes of all routed experts; None for a plan."""
+        sizes = [layer.bytes for layer in self.layers if layer.bytes is not None]
+        return sum(sizes) if sizes else None
+
     def to_json(self) -> dict[str, Any]:
         """``{"layers": [{"layer", "experts", "kept", "top_k", "bytes"}], ...}``."""
         form = asdict(self)
         form["layers"] = [asdict(layer) for layer in self.layers]
-        sizes = [layer.bytes for layer in self.layers if layer.bytes is not None]
         form["totals"] = {
             "experts": sum(layer.experts for layer in self.layers),
             "kept": sum(layer.kept for layer in self.layers),
-            "expert_bytes": sum(sizes) if sizes else None,
+            "expert_bytes": self.expert_bytes,
         }
         return form
 

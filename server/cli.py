@@ -1,0 +1,234 @@
+"""The ``liveprune`` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from liveprune.pruning.errors import LiveprunError, PlanError
+
+app = typer.Typer(
+    help="Serve a sparse mixture-of-experts model and prune it while it serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+
+ModelArgument = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RatioOption = Annotated[
+    float | None, typer.Option(help="Share pruned, for plan files that only rank experts.")
+]
+
+
+class Allocation(StrEnum):
+    """How a budget is shared out over the layers."""
+
+    UNIFORM = "uniform"
+    GLOBAL = "global"
+
+
+def main() -> None:
+    """Run the command; an error made on purpose is one line and exit status 2."""
+    try:
+        app()
+    except (LiveprunError, FileExistsError) as error:
+        Console(stderr=True).print(f"liveprune: {error}", style="red", highlight=False)
+        sys.exit(2)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(context: typer.Context, model: ModelArgument) -> None:
+    """Serve MODEL behind vLLM's OpenAI API; every `vllm serve` flag is passed through.
+
+    The flags are those of `vllm serve --help=all`, e.g. --port, --served-model-name,
+    --max-model-len, --tensor-parallel-size, --api-key.
+    """
+    from liveprune.patches.entry import run_vllm_server
+    from liveprune.server.serve import check_model, check_plugin_enabled, vllm_arguments
+
+    check_plugin_enabled()
+    note = Console(stderr=True)
+    note.print(f"liveprune: serving {check_model(model)}", highlight=False)
+    try:
+        run_vllm_server(vllm_arguments(model, context.args))
+    finally:
+        note.print("liveprune: server stopped", highlight=False)
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    output: OutputOption,
+    method: Annotated[str, typer.Option(help="See docs/methods.md.")],
+    experts: Annotated[
+        str, typer.Option(help="Kept per layer: a number, a fraction, or a list like 4,4,6.")
+    ],
+    top_k: Annotated[str | None, typer.Option(help="Active experts: one number or a list.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="JSONL rows.")] = None,
+    seed: Annotated[int, typer.Option(help="For methods that draw.")] = 0,
+    allocate: Annotated[
+        Allocation, typer.Option(help="The same count in all layers, or one total shared out.")
+    ] = Allocation.UNIFORM,
+    skip_layers: Annotated[str, typer.Option(help="Layers to leave whole, e.g. 0,1,2.")] = "",
+    keep_super_experts: Annotated[
+        bool, typer.Option("--keep-super-experts", help="Never prune outlier experts.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens used of each row.")] = 2048,
+    max_rows: Annotated[int, typer.Option(help="Rows used.")] = 1024,
+    device: Annotated[str, typer.Option(help="Where calibration runs: cpu or cuda.")] = "cpu",
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Write the plan, not a checkpoint.")
+    ] = False,
+) -> None:
+    """Choose the experts to keep and write the pruned checkpoint (or, --plan-only, the plan)."""
+    from liveprune.pruning.apply import apply_plan
+    from liveprune.pruning.plan_io import save_plan
+    from liveprune.pruning.prune import make_plan
+    from liveprune.server.model_path import local_model
+    from liveprune.server.progress import progress_bar
+
+    _check_output(output, is_file=plan_only)
+    folder = local_model(model)
+    with progress_bar(f"{method}: scoring experts") as update:
+        plan = make_plan(
+            folder,
+            method=method,
+            experts=experts,
+            top_k=_number_or_list("--top-k", top_k),
+            calibration=calibration,
+            seed=seed,
+            allocate=allocate.value,
+            skip_layers=_numbers("--skip-layers", skip_layers),
+            keep_super_experts=keep_super_experts,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            device=device,
+            progress=update,
+        )
+    if plan_only:
+        save_plan(plan, output)
+    else:
+        with progress_bar("writing", binary=True) as update:
+            apply_plan(folder, plan, output, progress=update)
+    kept = sum(layer.kept_experts for layer in plan.layers)
+    total = sum(layer.experts for layer in plan.layers)
+    console.print(f"plan {plan.digest}: {kept} of {total} experts kept", highlight=False)
+    console.print(f"written to {output}", highlight=False)
+
+
+@app.command()
+def apply(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(help="A plan file, ours or a foreign one.")],
+    output: OutputOption,
+    ratio: RatioOption = None,
+    top_k: Annotated[int | None, typer.Option(help="For plan files that do not state it.")] = None,
+) -> None:
+    """Carry out a plan: write the pruned or merged checkpoint, streaming."""
+    from liveprune.pruning.apply import apply_plan
+    from liveprune.pruning.foreign import read_any_plan
+    from liveprune.pruning.model_spec import ModelSpec
+    from liveprune.server.model_path import local_model
+    from liveprune.server.progress import progress_bar
+
+    _check_output(output, is_file=False)
+    folder = local_model(model)
+    recipe = read_any_plan(plan, ModelSpec.from_path(folder), ratio=ratio, top_k=top_k)
+    with progress_bar("writing", binary=True) as update:
+        apply_plan(folder, recipe, output, progress=update)
+    console.print(f"plan {recipe.digest} written to {output}", highlight=False)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="MODEL_OR_PLAN", help="A model or a plan file.")],
+    as_json: JsonOption = False,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, for plan files that do not state it.")
+    ] = None,
+) -> None:
+    """Show experts, top-k and bytes per layer of a model or a plan."""
+    from liveprune.pruning.inspect import inspect as look
+    from liveprune.pruning.model_spec import ModelSpec
+    from liveprune.server.model_path import local_model
+
+    spec = ModelSpec.from_path(local_model(model)) if model else None
+    found = look(Path(path) if Path(path).exists() else local_model(path), spec)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+        return
+    title = f"{found.kind} of {found.architecture}"
+    if found.digest:
+        title += f", plan {found.digest}"
+    table = Table("layer", "experts", "kept", "top-k", "bytes", title=title)
+    for layer in found.layers:
+        size = "" if layer.bytes is None else f"{layer.bytes:,}"
+        table.add_row(str(layer.layer), str(layer.experts), str(layer.kept), str(layer.top_k), size)
+    console.print(table)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say whether this environment can serve, and how to mend it."""
+    from liveprune.server.doctor import diagnose, worst
+
+    findings = diagnose()
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        colours = {"ok": "green", "warning": "yellow", "error": "red"}
+        table = Table("check", "status", "found", "how to mend it")
+        for finding in findings:
+            status = f"[{colours[finding.status]}]{finding.status}[/]"
+            table.add_row(finding.check, status, finding.found, finding.mend)
+        console.print(table)
+    raise typer.Exit(1 if worst(findings) == "error" else 0)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path(
+        "build/demo"
+    ),
+    task: Annotated[str, typer.Option(help="The task to prune for.")] = "sort",
+    rows: Annotated[int, typer.Option(help="Test rows per task.")] = 40,
+) -> None:
+    """Prune the shipped model from 8 to 4 experts for one task, serve both, compare."""
+    from liveprune.server.demo import run_demo
+
+    run_demo(output, task=task, rows=rows, console=console)
+
+
+def _check_output(output: Path, *, is_file: bool) -> None:
+    """Refuse a taken output before hours of work."""
+    if is_file and output.is_dir():
+        raise FileExistsError(f"{output}: is a folder; expected a file name for the plan")
+    if not is_file and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output}: exists already; expected a new or empty folder")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise PlanError(f"{option}: found {text!r}, expected numbers like 2 or 2,1,1") from None
+
+
+def _number_or_list(option: str, text: str | None) -> int | list[int] | None:
+    numbers = _numbers(option, text or "")
+    if not numbers:
+        return None
+    return numbers if "," in str(text) else numbers[0]
