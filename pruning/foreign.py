@@ -102,8 +102,8 @@ def read_any_plan(
         return plan
     if form is Form.COUNTS:
         raise PlanError(
-            f"{path}: states how many experts each layer keeps, not which; expected a plan. The "
-            f"counts can be the budget of a method: --experts @{path.name}"
+            f"{path}: states how many experts each layer keeps, not which; expected a plan. Give "
+            "the counts to a method as its budget (prune --experts LIST)"
         )
     if spec is None:
         raise PlanError(

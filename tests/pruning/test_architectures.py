@@ -4,11 +4,13 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from liveprune.pruning import architectures
 from liveprune.pruning.architectures import ARCHITECTURES, ExpertNames, architecture_of
 from liveprune.pruning.errors import ArchitectureError
 from liveprune.pruning.model_spec import ModelSpec
@@ -84,3 +86,14 @@ def test_tensor_names_are_those_of_saved_checkpoints(
     assert found == expected
     shared = {n for n in shapes if architecture.shared and f".{architecture.shared}." in n}
     assert bool(shared) == (architecture.shared is not None)
+
+
+def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "adding-an-architecture.md").read_text()
+    entry, usage = (part.partition("```")[0] for part in text.split("```python\n")[1:])
+    added = eval(entry, vars(architectures))  # noqa: S307 - our own documentation
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {added.model_type: added})
+    names: dict[str, Any] = {"ModelSpec": ModelSpec}
+    setup, expression = usage.strip().removesuffix("# [(1, 8, 2), (2, 8, 2)]").split("}\n")
+    exec(setup + "}", names)  # noqa: S102 - our own documentation
+    assert eval(expression, names) == [(1, 8, 2), (2, 8, 2)]  # noqa: S307

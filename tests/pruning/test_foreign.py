@@ -70,7 +70,7 @@ def test_a_plan_is_checked_against_the_model_that_is_given(files: dict[Form, Pat
 
 
 def test_counts_are_no_plan(files: dict[Form, Path], tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"not which; expected a plan.*--experts @COUNTS\.txt"):
+    with pytest.raises(PlanError, match=r"not which; expected a plan.*--experts LIST"):
         read_any_plan(files[Form.COUNTS], SPEC)
     for content in (CONFIG, [3], {"0": 3}, {"per_layer_config": {}}):
         (tmp_path / "x").write_text(json.dumps(content))

@@ -199,3 +199,10 @@ def test_a_lineage_that_is_no_json_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         save_plan(plan, tmp_path / "plan.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "plan-format.md").read_text()
+    path = tmp_path / "plan.json"
+    path.write_text(text.partition("```json\n")[2].partition("```")[0])
+    assert [(x.kept, x.top_k) for x in load_plan(path).layers] == [((0, 2, 3, 7), 2), ((1, 4), 1)]
