@@ -1,0 +1,217 @@
+"""What the observer pass costs beside a plain forward pass of the same rows.
+
+Makes a random model, then runs both in fresh processes, A B A B, and reports medians:
+
+    python -m benchmarks.calibrate --rows 64 --length 128 --output calibrate.json
+
+``forward`` counts the decoder layers only; ``total`` has reading the weights in it. The peak is
+what the process's resident memory grew by. Run it with OMP_NUM_THREADS set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SIDES = ("plain", "observer")
+COLUMNS = ("total_s", "total_cpu_s", "forward_s", "forward_cpu_s", "tokens_per_s", "peak_mib")
+
+
+def main() -> None:
+    arguments = _parse()
+    if arguments.child:
+        print(json.dumps(_measure(arguments)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder)
+        _make_model(model, arguments)
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        for _ in range(arguments.repeats):
+            for side in SIDES:
+                runs[side].append(_child(side, model))
+        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    medians = {
+        side: {key: statistics.median(run[key] for run in runs[side]) for key in COLUMNS}
+        for side in SIDES
+    }
+    ratios = {key: medians["observer"][key] / medians["plain"][key] for key in COLUMNS}
+    _print(medians, ratios, size, arguments)
+    if arguments.output:
+        form = {
+            "settings": {k: v for k, v in vars(arguments).items() if k not in ("output", "child")},
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "checkpoint_bytes": size,
+            "medians": medians,
+            "ratios": ratios,
+            "runs": runs,
+        }
+        arguments.output.write_text(json.dumps(form, indent=1, default=str) + "\n")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, default in {
+        "layers": 6,
+        "hidden": 512,
+        "ffn": 768,
+        "experts": 16,
+        "top-k": 2,
+        "rows": 64,
+        "length": 128,
+        "batch-tokens": 4096,
+        "repeats": 5,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _make_model(folder: Path, arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=1024,
+        hidden_size=arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=arguments.hidden // 8,
+        num_experts=arguments.experts,
+        num_experts_per_tok=arguments.top_k,
+        moe_intermediate_size=arguments.ffn,
+        intermediate_size=arguments.ffn,
+        norm_topk_prob=True,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+
+
+def _child(side: str, model: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.calibrate", *sys.argv[1:]]
+    command += ["--child", side, "--model", str(model)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, float]:
+    import numpy as np
+    import torch
+    from transformers import AutoModel, Qwen3MoeModel  # noqa: F401 - loaded before the clock starts
+
+    from liveprune.pruning.calibration import observer  # noqa: F401
+    from liveprune.pruning.calibration.rows import Rows
+
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(arguments.length // 2, arguments.length + 1, arguments.rows)
+    rows = Rows(tuple(generator.integers(0, 1024, n) for n in lengths))
+    run = _observer if arguments.child == "observer" else _plain
+    torch.ones(8, 8) @ torch.ones(8, 8)
+    before = _resident("VmRSS")
+    clock = Clock()
+    forward = Clock()
+    forward.reset()
+    run(arguments.model, rows, arguments.batch_tokens, forward)
+    total = clock.stop()
+    return {
+        "total_s": total[0],
+        "total_cpu_s": total[1],
+        "forward_s": forward.wall,
+        "forward_cpu_s": forward.cpu,
+        "tokens_per_s": rows.tokens / total[0],
+        "peak_mib": _resident("VmHWM") - before,
+    }
+
+
+class Clock:
+    """Wall and CPU seconds; ``timed`` adds up the calls of a function."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), time.process_time())
+        self.reset()
+
+    def reset(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def stop(self) -> tuple[float, float]:
+        return time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object, **kwargs: object) -> Any:
+            clock = Clock()
+            result = function(*args, **kwargs)
+            wall, cpu = clock.stop()
+            self.wall += wall
+            self.cpu += cpu
+            return result
+
+        return call
+
+
+def _observer(model: Path, rows: Any, batch_tokens: int, forward: Clock) -> None:
+    from liveprune.pruning.calibration.observer import observe
+    from liveprune.pruning.calibration.streamed import StreamedModel
+
+    StreamedModel.run = forward.timed(StreamedModel.run)  # type: ignore[method-assign]
+    observe(model, rows, batch_tokens=batch_tokens)
+
+
+def _plain(model: Path, rows: Any, batch_tokens: int, forward: Clock) -> None:
+    import torch
+    from transformers import AutoModel
+
+    stock = AutoModel.from_pretrained(model).eval()
+    run = forward.timed(stock)
+    with torch.inference_mode():
+        for batch in rows.batches(batch_tokens):
+            run(
+                input_ids=torch.from_numpy(batch.input_ids),
+                attention_mask=torch.from_numpy(batch.attention_mask),
+                use_cache=False,
+            )
+
+
+def _resident(key: str) -> float:
+    """MiB from /proc/self/status: VmRSS now, VmHWM the peak so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def _print(
+    medians: dict[str, dict[str, float]],
+    ratios: dict[str, float],
+    size: int,
+    arguments: argparse.Namespace,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{arguments.rows} rows of up to {arguments.length} tokens, checkpoint "
+        f"{size / 2**20:.0f} MiB in {arguments.layers} layers, {arguments.repeats} repeats"
+    )
+    table.add_column("")
+    for key in COLUMNS:
+        table.add_column(key, justify="right")
+    for side, values in medians.items():
+        table.add_row(side, *(f"{values[key]:.2f}" for key in COLUMNS))
+    table.add_row("observer / plain", *(f"{ratios[key]:.2f}" for key in COLUMNS))
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
