@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +20,12 @@ from liveprune.pruning.errors import CheckpointError, PlanError
 from liveprune.pruning.files import new_folder, write_atomic
 from liveprune.pruning.fingerprint import fingerprint
 from liveprune.pruning.layer_tensors import LayerTensors, layer_tensors
-from liveprune.pruning.merge import Merge, Span
 from liveprune.pruning.model_card import base_model_name, model_card
 from liveprune.pruning.model_spec import BLOCK_KEY, ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_guards import check_plan
 from liveprune.pruning.plan_io import save_plan
-from liveprune.pruning.rewrite import Literal, MergedRow, Output, in_place, rewrite
+from liveprune.pruning.rewrite import Output, in_place, rewrite
 from liveprune.pruning.safetensors_io import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -37,22 +33,20 @@ from liveprune.pruning.safetensors_io import (
     item_bits,
     read_checkpoint,
 )
-from liveprune.pruning.shard_writer import ShardWriter, index_json
+from liveprune.pruning.shard_writer import index_json
+from liveprune.pruning.write_shards import Progress, write_shards
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes written, bytes in all)."""
 PLAN_NAME = "liveprune_plan.json"
 _SPARE_BYTES = 1 << 20
 """Room for headers, config, index and card."""
-
-_Targets = dict[Merge, dict[int, tuple[ShardWriter, int]]]
 
 
 def apply_plan(model: Path, plan: Plan, output: Path, *, progress: Progress | None = None) -> None:
     """Write the checkpoint that ``plan`` makes of ``model`` to the new folder ``output``.
 
     Keeps the layout (classic or fused) and the shards of ``model``; a shard left empty disappears.
-    Holds one buffer of tens of MiB at most, whatever the size of the model.
+    Holds buffers of tens of MiB, whatever the size of the model; copies and merges run on a few
+    threads, ``progress`` is called on this one with (bytes written, bytes in all).
 
     Raises:
         PlanError: the plan does not fit, or would merge quantised experts.
@@ -74,7 +68,7 @@ def apply_plan(model: Path, plan: Plan, output: Path, *, progress: Progress | No
     _check_space(output, total + sum(file.stat().st_size for file in files.values()))
     with new_folder(output) as folder:
         try:
-            _write_shards(folder, shards, total, progress)
+            write_shards(folder, shards, checkpoint.shards, progress)
             for name, file in files.items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name)
@@ -135,58 +129,3 @@ def _check_space(output: Path, size: int) -> None:
         raise CheckpointError(
             f"{output}: {size:,} bytes to write, found {free:,} free on the disk of {parent}"
         )
-
-
-def _write_shards(
-    folder: Path, shards: Mapping[str, Sequence[Output]], total: int, progress: Progress | None
-) -> None:
-    written = 0
-
-    def count(size: int) -> None:
-        nonlocal written
-        written += size
-        if progress is not None:
-            progress(min(written, total), total)
-
-    with ExitStack() as stack:
-        flusher = ThreadPoolExecutor(1, "flush")
-        stack.callback(flusher.shutdown, cancel_futures=True)
-        open_file = _OpenFiles(stack)
-        targets: _Targets = {}
-        for name, tensors in shards.items():
-            writer = stack.enter_context(ShardWriter(folder / name, tensors, flusher, count))
-            for tensor in tensors:
-                _fill(writer, tensor, open_file, targets)
-        for merge, rows in targets.items():
-            for start, chunks in merge.chunks(open_file):
-                for row, data in enumerate(chunks):
-                    writer, offset = rows[row]
-                    writer.write(data, offset + start)
-
-
-def _fill(writer: ShardWriter, tensor: Output, open_file: _OpenFiles, targets: _Targets) -> None:
-    """Copy what is to be copied; note where merged rows belong."""
-    offset = writer.offsets[tensor.name]
-    for part in tensor.parts:
-        match part:
-            case Span():
-                writer.copy(open_file(part.path), part.start, offset, part.size)
-            case Literal():
-                writer.write(part.data, offset)
-            case MergedRow():
-                targets.setdefault(part.merge, {})[part.row] = (writer, offset)
-        offset += part.size
-
-
-class _OpenFiles:
-    """Descriptors of weight files, opened once and closed with ``stack``."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._files: dict[Path, int] = {}
-
-    def __call__(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-            self._stack.callback(os.close, self._files[path])
-        return self._files[path]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,11 +47,11 @@ class Merge:
         """Bytes of one matrix."""
         return self.sources[0].size
 
-    def chunks(self, open_file: Callable[[Path], int]) -> Iterator[tuple[int, list[memoryview]]]:
+    def chunks(self, files: Mapping[Path, int]) -> Iterator[tuple[int, list[memoryview]]]:
         """Yield (first byte, one chunk of each row): every source is read once, in order.
 
-        Sums in float32, then rounds to the checkpoint's dtype. ``open_file`` gives the descriptor
-        of a weight file. The chunks are valid until the next one.
+        Sums in float32, then rounds to the checkpoint's dtype. ``files`` maps weight files to
+        open descriptors. A chunk is valid until the next one.
 
         Raises:
             CheckpointError: a source holds NaN or infinity.
@@ -71,7 +71,7 @@ class Merge:
         for start in range(0, self.size, length * item):
             count = min(length * item, self.size - start)
             for source, view in zip(sources, views, strict=True):
-                read_into(open_file(source.path), view[:count], source.start + start)
+                read_into(files[source.path], view[:count], source.start + start)
             part = buffer[:, : count // item]
             mixed = weights @ part.float()
             self._check_range(mixed, part, sources, torch.finfo(dtype).max)

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -73,29 +74,28 @@ def _header(tensors: Sequence[NewTensor]) -> bytes:
 
 
 class ShardWriter:
-    """One safetensors file, filled at byte offsets in any order.
+    """One safetensors file, filled at byte offsets in any order and from any thread.
 
     Every ``FLUSH_BYTES`` a background sync is queued on ``flusher``, so that the final sync before
-    publication finds little left to do while the copy goes on at the speed of memory.
+    publication finds little left to do while the copy goes on at the speed of memory. Once
+    ``stop`` is set, writes end with ``CancelledError``.
     """
 
     def __init__(
-        self,
-        path: Path,
-        tensors: Sequence[NewTensor],
-        flusher: Executor,
-        progress: Callable[[int], None],
+        self, path: Path, tensors: Sequence[NewTensor], flusher: Executor, stop: threading.Event
     ) -> None:
         self.path = path
         self.offsets: dict[str, int] = {}
         """First byte of each tensor, counted from the start of the file."""
+        self.written = 0
         header = _header(tensors)
         position = len(header)
         for tensor in tensors:
             self.offsets[tensor.name] = position
             position += tensor.size
         self._flusher = flusher
-        self._progress = progress
+        self._stop = stop
+        self._lock = threading.Lock()
         self._pending: list[Future[None]] = []
         self._unflushed = 0
         self._kernel_copy = True
@@ -153,10 +153,13 @@ class ShardWriter:
             start, offset, size = start + len(view), offset + len(view), size - len(view)
 
     def _count(self, written: int) -> None:
-        self._unflushed += written
-        self._progress(written)
-        if self._unflushed >= FLUSH_BYTES:
-            self._flush()
+        if self._stop.is_set():
+            raise CancelledError
+        with self._lock:
+            self.written += written
+            self._unflushed += written
+            if self._unflushed >= FLUSH_BYTES:
+                self._flush()
 
     def _flush(self) -> None:
         self._unflushed = 0
