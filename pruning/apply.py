@@ -24,7 +24,7 @@ from liveprune.pruning.model_card import base_model_name, model_card
 from liveprune.pruning.model_spec import BLOCK_KEY, ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_guards import check_plan
-from liveprune.pruning.plan_io import save_plan
+from liveprune.pruning.plan_io import CHECKPOINT_PLAN, save_plan
 from liveprune.pruning.rewrite import Output, in_place, rewrite
 from liveprune.pruning.safetensors_io import (
     INDEX_NAME,
@@ -36,7 +36,6 @@ from liveprune.pruning.safetensors_io import (
 from liveprune.pruning.shard_writer import index_json
 from liveprune.pruning.write_shards import Progress, write_shards
 
-PLAN_NAME = "liveprune_plan.json"
 _SPARE_BYTES = 1 << 20
 """Room for headers, config, index and card."""
 
@@ -72,8 +71,9 @@ def apply_plan(model: Path, plan: Plan, output: Path, *, progress: Progress | No
             for name, file in files.items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name)
-            write_atomic(folder / INDEX_NAME, index_json(shards))
-            save_plan(plan, folder / PLAN_NAME)
+            if len(shards) > 1:
+                write_atomic(folder / INDEX_NAME, index_json(shards))
+            save_plan(plan, folder / CHECKPOINT_PLAN)
             _write_config(folder, config)
             card = model_card(model, plan, ModelSpec.from_config(config))
             write_atomic(folder / "README.md", card.encode())

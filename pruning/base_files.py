@@ -7,7 +7,7 @@ from pathlib import Path
 from liveprune.pruning.errors import CheckpointError
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-_REWRITTEN = {"config.json", "README.md", "liveprune_plan.json"}
+_REWRITTEN = {"config.json", "README.md"}
 _FOLDERS = ("additional_chat_templates",)
 MAX_BYTES = 1 << 26
 

@@ -67,7 +67,7 @@ byte for byte.
 |---|---|
 {_lineage(plan)}
 
-`liveprune_plan.json` in this folder is the whole plan: `liveprune inspect`, `liveprune apply`.
+`liveprune/plan.json` in this folder is the whole plan: `liveprune inspect`, `liveprune apply`.
 
 ## Layers
 

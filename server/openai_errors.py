@@ -8,17 +8,19 @@ vLLM answers a wrong key with ``{"error": "Unauthorized"}`` and an unknown route
 from __future__ import annotations
 
 import json
-from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_TYPES = {
-    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
-    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
-    HTTPStatus.NOT_FOUND: "NotFoundError",
-    HTTPStatus.METHOD_NOT_ALLOWED: "BadRequestError",
+_TYPES: dict[int, str] = {
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "BadRequestError",
+    422: "UnprocessableEntityError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
 }
 
 
@@ -50,7 +52,7 @@ class OpenAIErrorMiddleware:
 def _is_json_error(start: Message) -> bool:
     headers = MutableHeaders(raw=start["headers"])
     is_json = headers.get("content-type", "").startswith("application/json")
-    return int(start["status"]) >= HTTPStatus.BAD_REQUEST and is_json
+    return int(start["status"]) >= 400 and is_json
 
 
 async def _send_reshaped(held: list[Message], send: Send) -> None:
@@ -75,5 +77,5 @@ def openai_error(status: int, body: bytes) -> Any:
             return content
         content = error or content.get("detail") or content
     message = content if isinstance(content, str) else json.dumps(content)
-    kind = _TYPES.get(HTTPStatus(status), HTTPStatus(status).phrase.replace(" ", "") + "Error")
+    kind = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from liveprune.pruning.errors import LiveprunError
+from liveprune.pruning.plan_io import load_plan
+from liveprune.server import cli
+from liveprune.server.cli import app
+
+TinyModel = Callable[..., Path]
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_prune_inspect_and_apply_agree(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base = tiny_model("mixtral")
+    run("prune", base, "-o", tmp_path / "p.json", "--method", "random", "--experts", "3,8,5",
+        "--top-k", "1", "--seed", "7", "--plan-only")  # fmt: skip
+    plan = load_plan(tmp_path / "p.json")
+    assert [layer.kept_experts for layer in plan.layers] == [3, 8, 5]
+    assert plan.lineage.method == "random"
+    run("apply", base, tmp_path / "p.json", "-o", tmp_path / "out")
+    shown = json.loads(run("inspect", tmp_path / "out", "--json"))
+    assert [(x["layer"], x["experts"], x["kept"], x["top_k"]) for x in shown["layers"]] == [
+        (0, 8, 3, 1),
+        (1, 8, 8, 1),
+        (2, 8, 5, 1),
+    ]
+    assert shown["digest"] == plan.digest
+    size = shown["layers"][1]["bytes"] // 8
+    assert [x["bytes"] for x in shown["layers"]] == [3 * size, 8 * size, 5 * size]
+    table = run("inspect", tmp_path / "p.json")
+    assert plan.digest in table
+    # Pruning straight to a checkpoint gives the same plan.
+    run("prune", base, "-o", tmp_path / "direct", "--method", "random", "--experts", "3,8,5",
+        "--top-k", "1", "--seed", "7")  # fmt: skip
+    assert load_plan(tmp_path / "direct") == plan
+
+
+def test_a_taken_output_is_refused_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(FileExistsError, match="expected a new or empty folder"):
+        run("prune", tiny_model("mixtral"), "-o", tmp_path / "out", "--method", "random",
+            "--experts", "4")  # fmt: skip
+
+
+def test_bad_numbers_and_models_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LiveprunError, match="no such folder"):
+        run("prune", tmp_path / "none", "-o", tmp_path / "o", "--method", "random",
+            "--experts", "4")  # fmt: skip
+    with pytest.raises(LiveprunError, match="--skip-layers: found 'a,b'"):
+        run("prune", tmp_path, "-o", tmp_path / "o", "--method", "random", "--experts", "4",
+            "--skip-layers", "a,b")  # fmt: skip
+
+
+def test_an_error_is_one_line_and_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "liveprune.server", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("liveprune: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(None, None), ("2", 2), ("2,1,1", [2, 1, 1]), ("3,", [3])]
+)
+def test_number_or_list(text: str | None, expected: object) -> None:
+    assert cli._number_or_list("--top-k", text) == expected
