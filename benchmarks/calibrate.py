@@ -71,6 +71,7 @@ def _parse() -> argparse.Namespace:
         "repeats": 5,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--implementation", help="plain side's experts, e.g. eager; stock default")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -123,7 +124,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     clock = Clock()
     forward = Clock()
     forward.reset()
-    run(arguments.model, rows, arguments.batch_tokens, forward)
+    run(arguments, rows, forward)
     total = clock.stop()
     return {
         "total_s": total[0],
@@ -160,22 +161,25 @@ class Clock:
         return call
 
 
-def _observer(model: Path, rows: Any, batch_tokens: int, forward: Clock) -> None:
+def _observer(arguments: argparse.Namespace, rows: Any, forward: Clock) -> None:
     from liveprune.pruning.calibration.observer import observe
     from liveprune.pruning.calibration.streamed import StreamedModel
 
     StreamedModel.run = forward.timed(StreamedModel.run)  # type: ignore[method-assign]
-    observe(model, rows, batch_tokens=batch_tokens)
+    observe(arguments.model, rows, batch_tokens=arguments.batch_tokens)
 
 
-def _plain(model: Path, rows: Any, batch_tokens: int, forward: Clock) -> None:
+def _plain(arguments: argparse.Namespace, rows: Any, forward: Clock) -> None:
     import torch
     from transformers import AutoModel
 
-    stock = AutoModel.from_pretrained(model).eval()
+    options = (
+        {"experts_implementation": arguments.implementation} if arguments.implementation else {}
+    )
+    stock = AutoModel.from_pretrained(arguments.model, **options).eval()
     run = forward.timed(stock)
     with torch.inference_mode():
-        for batch in rows.batches(batch_tokens):
+        for batch in rows.batches(arguments.batch_tokens):
             run(
                 input_ids=torch.from_numpy(batch.input_ids),
                 attention_mask=torch.from_numpy(batch.attention_mask),

@@ -142,11 +142,9 @@ def _cast(tensor: Tensor, like: Tensor, name: str) -> Tensor:
 
 def _base_config(spec: ModelSpec) -> PreTrainedConfig:
     """The config without per-layer counts, which ``_load`` sets layer by layer."""
-    fields: dict[str, Any] = {
-        key: value
-        for key, value in spec.config.items()
-        if key not in ("per_layer_config", BLOCK_KEY, *LIST_KEYS, *spec.architecture.count_aliases)
-    }
+    dropped = {"per_layer_config", BLOCK_KEY, *LIST_KEYS, *spec.architecture.count_aliases}
+    dropped.add("auto_map")  # names code of the checkpoint's own, which is never run
+    fields: dict[str, Any] = {k: v for k, v in spec.config.items() if k not in dropped}
     fields[spec.architecture.count_key] = max(layer.experts for layer in spec.layers)
     config = CONFIG_MAPPING[spec.architecture.model_type].from_dict(fields)
     if config.dtype is None:

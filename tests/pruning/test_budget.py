@@ -188,6 +188,9 @@ def test_global_allocation_by_hand() -> None:
         2: np.zeros(4),
     }
     assert allocate_global(budgets, scores, total, spec.router) == {0: 4, 1: 2, 2: 4}
+    # Shares, so a layer's scale does not matter.
+    tiny = {**scores, 0: scores[0] * 1e-6}
+    assert allocate_global(budgets, tiny, total, spec.router) == {0: 4, 1: 2, 2: 4}
     # Three experts of layer 1 come first, then its floor (top_k) stops it and layer 0 gives.
     assert allocate_global(budgets, scores, 4, spec.router) == {0: 3, 1: 1, 2: 4}
 
