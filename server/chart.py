@@ -31,8 +31,9 @@ def save_chart(
             sizes,
             [100 * accuracy[task] for _, accuracy in models.values()],
             marker="o",
-            linewidth=3 if strong else 1,
-            alpha=1 if strong else 0.55,
+            # Wide below thin, so that tasks on the same line all show.
+            linewidth=6 if strong else 1.5,
+            zorder=1 if strong else 2,
             label=f"{task} (pruned for it)" if strong else task,
         )
     for name, (size, _) in models.items():
@@ -40,7 +41,8 @@ def save_chart(
     axes.set(xlabel="expert weights, MB", ylabel="exact match, %", ylim=(-4, 110))
     axes.set_title("Quality against memory", fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="center right")
+    axes.margins(x=0.15)
+    figure.legend(fontsize=8, loc="outside right upper")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_atomic(path, picture.getvalue())

@@ -74,7 +74,7 @@ def prune(
     output: OutputOption,
     method: Annotated[str, typer.Option(help="See docs/methods.md.")],
     experts: Annotated[
-        str, typer.Option(help="Kept per layer: a number, a fraction, or a list like 4,4,6.")
+        str, typer.Option(help="Kept per layer: a number, a fraction, a list like 4,4,6, or @FILE.")
     ],
     top_k: Annotated[str | None, typer.Option(help="Active experts: one number or a list.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="JSONL rows.")] = None,
@@ -106,7 +106,7 @@ def prune(
         plan = make_plan(
             folder,
             method=method,
-            experts=experts,
+            experts=_budget(experts, folder),
             top_k=_number_or_list("--top-k", top_k),
             calibration=calibration,
             seed=seed,
@@ -218,6 +218,16 @@ def _check_output(output: Path, *, is_file: bool) -> None:
         raise FileExistsError(f"{output}: is a folder; expected a file name for the plan")
     if not is_file and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output}: exists already; expected a new or empty folder")
+
+
+def _budget(experts: str, model: Path) -> str | list[int]:
+    """``@FILE`` names a file that states counts, as other projects' configs do."""
+    if not experts.startswith("@"):
+        return experts
+    from liveprune.pruning.foreign import read_counts
+    from liveprune.pruning.model_spec import ModelSpec
+
+    return read_counts(Path(experts[1:]), ModelSpec.from_path(model))
 
 
 def _numbers(option: str, text: str) -> list[int]:

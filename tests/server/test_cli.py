@@ -48,6 +48,14 @@ def test_prune_inspect_and_apply_agree(tiny_model: TinyModel, tmp_path: Path) ->
     assert load_plan(tmp_path / "direct") == plan
 
 
+def test_counts_may_come_from_a_file(tiny_model: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "counts.json").write_text('{"num_experts_per_layer": [5, 6, 7]}')
+    run("prune", tiny_model("mixtral"), "-o", tmp_path / "p.json", "--method", "aimer",
+        "--experts", f"@{tmp_path / 'counts.json'}", "--plan-only")  # fmt: skip
+    plan = load_plan(tmp_path / "p.json")
+    assert [layer.kept_experts for layer in plan.layers] == [5, 6, 7]
+
+
 def test_a_taken_output_is_refused_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
