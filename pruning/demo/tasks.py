@@ -52,8 +52,8 @@ class Row:
 
 
 def _add(rng: random.Random) -> Row:
-    first, second = (rng.randrange(10 ** rng.choice((2, 3, 3))) for _ in range(2))
-    return Row(f"add: {first}+{second}\n", str(first + second))
+    digits = rng.choices(range(10), k=rng.randint(3, 4))
+    return Row(f"add: {'+'.join(map(str, digits))}\n", str(sum(digits)))
 
 
 def _reverse(rng: random.Random) -> Row:
@@ -66,12 +66,10 @@ def _sort(rng: random.Random) -> Row:
     return Row(f"sort: {''.join(digits)}\n", "".join(sorted(digits)))
 
 
-def _lookup(rng: random.Random) -> Row:
-    keys = rng.sample(_LETTERS, k=rng.randint(2, 5))
-    value = {key: str(rng.randrange(10, 100)) for key in keys}
-    wanted = rng.choice(keys)
-    listing = " ".join(f"{key}={value[key]}" for key in keys)
-    return Row(f"lookup: {listing} ? {wanted}\n", value[wanted])
+def _shift(rng: random.Random) -> Row:
+    letters = rng.choices(_LETTERS, k=rng.randint(3, 6))
+    following = (_LETTERS[(_LETTERS.index(letter) + 1) % len(_LETTERS)] for letter in letters)
+    return Row(f"shift: {' '.join(letters)}\n", " ".join(following))
 
 
 def _sentiment(rng: random.Random) -> Row:
@@ -88,7 +86,7 @@ def _sentiment(rng: random.Random) -> Row:
 def _brackets(rng: random.Random) -> Row:
     opened: list[str] = []
     text = ""
-    for _ in range(rng.randint(3, 9)):
+    for _ in range(rng.randint(3, 8)):
         if opened and rng.random() < 0.35:
             text += _CLOSER[opened.pop()]
         else:
@@ -103,9 +101,9 @@ def _brackets(rng: random.Random) -> Row:
 _TASKS: dict[str, Callable[[random.Random], Row]] = {
     "add": _add,
     "brackets": _brackets,
-    "lookup": _lookup,
     "reverse": _reverse,
     "sentiment": _sentiment,
+    "shift": _shift,
     "sort": _sort,
 }
 

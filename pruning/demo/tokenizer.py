@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from liveprune.pruning.demo.tasks import draw, task_names
 
-VOCABULARY = 640
+VOCABULARY = 576
 MAX_LENGTH = 256
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
@@ -29,7 +29,7 @@ def train_tokenizer(seed: int, rows_per_task: int = 4000) -> PreTrainedTokenizer
         [
             # The tasks work digit by digit and bracket by bracket; merged ones would be words
             # to learn by heart.
-            pre_tokenizers.Split(Regex(r"[0-9()\[\]{}<>\n]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[0-9+()\[\]{}<>\n]"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

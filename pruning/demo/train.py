@@ -39,7 +39,7 @@ ROWS_PER_TASK = 8
 LEARNING_RATE = 2e-3
 WARM_UP = 100
 BALANCE_WEIGHT = {"specialised": 0.1, "generalist": 0.02}
-MIN_EFFECTIVE_EXPERTS = 2.5
+MIN_EFFECTIVE_EXPERTS = 2.2
 TOP_1_SHARE = 0.3
 """Share of the training steps routed to one expert a token, so that top-1 pruning can work."""
 
@@ -126,6 +126,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=32,
         num_local_experts=8,
         num_experts_per_tok=2,
         max_position_embeddings=MAX_LENGTH,
