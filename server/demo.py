@@ -18,6 +18,8 @@ from rich.table import Table
 
 from liveprune.pruning.apply import apply_plan
 from liveprune.pruning.demo import model_path, rows_path, task_names
+from liveprune.pruning.demo.rows import read_rows
+from liveprune.pruning.demo.tasks import Row
 from liveprune.pruning.errors import DataError
 from liveprune.pruning.files import write_atomic
 from liveprune.pruning.inspect import inspect
@@ -100,12 +102,12 @@ async def _measure(
     for name in task_names():
         questions = _rows(name, rows)
         for client, result in zip(clients, measured, strict=True):
-            answers, _ = await _ask(client, result.name, [q for q, _ in questions])
-            right = [a == gold for a, (_, gold) in zip(answers, questions, strict=True)]
+            answers, _ = await _ask(client, result.name, [row.prompt for row in questions])
+            right = [a == row.answer for a, row in zip(answers, questions, strict=True)]
             result.accuracy[name] = statistics.mean(right)
             if name == task:
-                result.sample = f"{questions[0][0].strip()} -> {answers[0]}"
-    prompts = [q for q, _ in _rows(task, rows)]
+                result.sample = f"{questions[0].prompt.strip()} -> {answers[0]}"
+    prompts = [row.prompt for row in _rows(task, rows)]
     for _ in range(ROUNDS):  # alternated, so that a slow moment of the machine hits both
         for client, result in zip(clients, measured, strict=True):
             start = time.perf_counter()
@@ -135,10 +137,8 @@ async def _ask(
     return [answer.choices[0].text.strip() for answer in done], tokens
 
 
-def _rows(task: str, count: int) -> list[tuple[str, str]]:
-    lines = rows_path(task, "test").read_text(encoding="utf-8").splitlines()[:count]
-    rows = [json.loads(line) for line in lines]
-    return [(row["prompt"], row["answer"].strip()) for row in rows]
+def _rows(task: str, count: int) -> list[Row]:
+    return read_rows(rows_path(task, "test"))[:count]
 
 
 def _report(
