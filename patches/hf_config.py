@@ -16,7 +16,10 @@ from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import BLOCK_KEY, LIST_KEYS, ModelSpec
 
 LAYERS_ATTRIBUTE = "liveprune_layers"
-"""``{str(layer): [experts, top_k, router width]}``; JSON-like, so part of vLLM's config hash."""
+"""``{str(layer): [experts, top_k, map width]}``; JSON-like, so part of vLLM's config hash.
+
+The map width is the router map's [experts, map width], which may be square; 0 says there is none.
+"""
 
 GET_CONFIG = Seam(
     "vllm.transformers_utils.config",
@@ -61,7 +64,10 @@ def adapt_config(config: Any) -> None:
     setattr(config, architecture.count_key, max(x.experts for x in spec.layers))
     setattr(config, architecture.top_k_key, max(x.top_k for x in spec.layers))
     if not spec.is_uniform:
-        table = {str(x.index): [x.experts, x.top_k, x.router_width] for x in spec.layers}
+        table = {
+            str(x.index): [x.experts, x.top_k, x.router_width if x.has_router_map else 0]
+            for x in spec.layers
+        }
         setattr(config, LAYERS_ATTRIBUTE, table)
 
 

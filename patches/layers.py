@@ -75,7 +75,8 @@ class _Building:
     """The layer that is being built."""
 
     experts: int
-    router_width: int
+    map_width: int
+    """Gate rows under the layer's router map; 0 without one."""
     router_map: torch.nn.Parameter | None = None
 
 
@@ -118,8 +119,8 @@ def wrap_gate_init(original: Callable[..., Any]) -> Callable[..., Any]:
     """Give the gate of a layer with a router map one row per original expert."""
 
     def gate_init(self: Any, input_size: int, output_size: int, *args: Any, **kwargs: Any) -> None:
-        if _building is not None and output_size == _building.experts:
-            output_size = _building.router_width
+        if _building is not None and _building.map_width and output_size == _building.experts:
+            output_size = _building.map_width
         original(self, input_size, output_size, *args, **kwargs)
 
     return gate_init
@@ -129,12 +130,12 @@ def wrap_create_router(original: Callable[..., Any]) -> Callable[..., Any]:
     """Make the router of a layer with a router map."""
 
     def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
-        if _building is None or _building.router_width == _building.experts:
+        if _building is None or not _building.map_width:
             return original(*args, **kwargs)
         from liveprune.patches.router_map import RouterMapRouter
 
         # Zeros and not empty memory: a map that is never loaded must not look like one.
-        shape = (_building.experts, _building.router_width)
+        shape = (_building.experts, _building.map_width)
         router_map = torch.nn.Parameter(
             torch.zeros(shape, dtype=torch.float32), requires_grad=False
         )
@@ -152,12 +153,12 @@ def wrap_create_router(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _layer_counts(
-    config: Any, architecture: Architecture, experts: int, top_k: int, router_width: int
+    config: Any, architecture: Architecture, experts: int, top_k: int, map_width: int
 ) -> Iterator[_Building]:
     global _building  # noqa: PLW0603 - vLLM builds one model at a time in a process
     values = {architecture.count_key: experts, architecture.top_k_key: top_k}
     saved = {key: getattr(config, key) for key in values}
-    _building = _Building(experts, router_width)
+    _building = _Building(experts, map_width)
     try:
         for key, value in values.items():
             setattr(config, key, value)

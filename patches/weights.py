@@ -44,6 +44,6 @@ def wrap_get_all_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _checked(weights: Iterator[Any]) -> Iterator[Any]:
     for name, tensor in weights:
-        if ".experts." in name or name.endswith((".gate.weight", ".router_map")):
+        if ".experts." in name or ".gate." in name or name.endswith(".router_map"):
             check_finite(name, tensor)
         yield name, tensor
