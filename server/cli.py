@@ -43,7 +43,9 @@ def main() -> None:
     try:
         app()
     except (LiveprunError, FileExistsError) as error:
-        Console(stderr=True).print(f"liveprune: {error}", style="red", highlight=False)
+        Console(stderr=True).print(
+            f"liveprune: {error}", style="red", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
 
 
@@ -61,7 +63,7 @@ def serve(context: typer.Context, model: ModelArgument) -> None:
 
     check_plugin_enabled()
     note = Console(stderr=True)
-    note.print(f"liveprune: serving {check_model(model)}", highlight=False)
+    note.print(f"liveprune: serving {check_model(model)}", highlight=False, soft_wrap=True)
     try:
         run_vllm_server(vllm_arguments(model, context.args))
     finally:
@@ -126,7 +128,7 @@ def prune(
     kept = sum(layer.kept_experts for layer in plan.layers)
     total = sum(layer.experts for layer in plan.layers)
     console.print(f"plan {plan.digest}: {kept} of {total} experts kept", highlight=False)
-    console.print(f"written to {output}", highlight=False)
+    console.print(f"written to {output}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -149,7 +151,7 @@ def apply(
     recipe = read_any_plan(plan, ModelSpec.from_path(folder), ratio=ratio, top_k=top_k)
     with progress_bar("writing", binary=True) as update:
         apply_plan(folder, recipe, output, progress=update)
-    console.print(f"plan {recipe.digest} written to {output}", highlight=False)
+    console.print(f"plan {recipe.digest} written to {output}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -26,10 +26,14 @@ def progress_bar(label: str, *, binary: bool = False) -> Iterator[Callable[[int,
     """
     steps = TaskProgressColumn() if binary else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), steps, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=None)
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task(label, total=None)
 
-        def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+    def update(done: int, total: int) -> None:
+        progress.start()  # at the first step only: a refusal before it stays one clean line
+        progress.update(task, completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        progress.stop()
