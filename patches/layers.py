@@ -17,6 +17,7 @@ from liveprune.patches.compat import Seam
 from liveprune.patches.hf_config import LAYERS_ATTRIBUTE
 from liveprune.pruning.architectures import Architecture, architecture_of
 from liveprune.pruning.errors import IncompatibleEnvironmentError
+from liveprune.pruning.model_spec import BLOCK_KEY
 
 MAKE_LAYERS = Seam(
     "vllm.model_executor.models.utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix")
@@ -93,6 +94,7 @@ def wrap_make_layers(original: Callable[..., Any]) -> Callable[..., Any]:
         vllm_config = get_current_vllm_config()
         config = vllm_config.model_config.hf_text_config
         table = getattr(config, LAYERS_ATTRIBUTE, None)
+        _check_drafts(vllm_config.speculative_config, config)
         if table is None:
             return original(num_hidden_layers, layer_fn, prefix)
         _check_parallel(vllm_config, table)
@@ -184,11 +186,20 @@ def _check_parallel(vllm_config: Any, table: dict[str, list[int]]) -> None:
                     f"layer {layer}: {experts} experts, expected a multiple of the {ranks} "
                     f"expert-parallel ranks"
                 )
-    if vllm_config.speculative_config is not None and vllm_config.speculative_config.method in (
-        "mtp",
-        "deepseek_mtp",
-    ):
+
+
+def _check_drafts(speculative: Any, config: Any) -> None:
+    """Multi-token-prediction layers keep their own experts; vLLM builds them with the model's."""
+    if speculative is None or speculative.method not in ("mtp", "deepseek_mtp"):
+        return
+    table = getattr(config, LAYERS_ATTRIBUTE, None)
+    stated = (getattr(config, BLOCK_KEY, None) or {}).get("mtp_experts")
+    if table is None and stated is None:
+        return
+    experts = getattr(config, architecture_of({"model_type": config.model_type}).count_key)
+    if table is not None or stated != experts:
         raise IncompatibleEnvironmentError(
-            "--speculative-config: this checkpoint's multi-token-prediction layers keep their own "
-            "expert count, which vLLM's draft model cannot read; serve it without speculation"
+            f"--speculative-config: the multi-token-prediction layers have "
+            f"{stated or 'their own number of'} experts, and vLLM would build them with {experts} "
+            f"like the pruned layers; serve this checkpoint without speculation"
         )

@@ -171,15 +171,26 @@ def test_expert_parallel_ranks_that_divide_every_layer_are_fine(
     assert len(wrap_make_layers(original)(2, builder(config), "model.layers")) == 2
 
 
-@pytest.mark.parametrize(("method", "refused"), [("mtp", True), ("ngram", False)])
-def test_drafting_with_the_checkpoints_own_layers_is_refused(
-    method: str, *, refused: bool, use: Callable[[SimpleNamespace], Any]
+@pytest.mark.parametrize("table", [TABLE, None])
+def test_drafting_with_layers_of_another_count_is_refused(
+    table: Any, use: Callable[[SimpleNamespace], Any]
 ) -> None:
-    current = engine(TABLE)
+    """Also where all pruned layers agree: the draft layers still hold the base model's experts."""
+    current = engine(table)
+    current.speculative_config = SimpleNamespace(method="mtp")
+    use(current).liveprune = {"version": 1, "mtp_experts": 16}
+    message = r"--speculative-config: .* layers have 16 experts, and vLLM would build them with 8"
+    with pytest.raises(IncompatibleEnvironmentError, match=message):
+        wrap_make_layers(original)(4, pytest.fail, "model.layers")
+
+
+@pytest.mark.parametrize(("method", "drafts"), [("mtp", 8), ("mtp", None), ("ngram", 16)])
+def test_other_drafting_is_left_alone(
+    method: str, drafts: int | None, use: Callable[[SimpleNamespace], Any]
+) -> None:
+    current = engine(None)
     current.speculative_config = SimpleNamespace(method=method)
     config = use(current)
-    if not refused:
-        assert wrap_make_layers(original)(4, builder(config), "model.layers")
-        return
-    with pytest.raises(IncompatibleEnvironmentError, match=r"--speculative-config: .*own expert"):
-        wrap_make_layers(original)(4, pytest.fail, "model.layers")
+    if drafts is not None:
+        config.liveprune = {"version": 1, "mtp_experts": drafts}
+    assert len(wrap_make_layers(original)(4, builder(config), "model.layers")) == 4
