@@ -7,8 +7,10 @@ it from 8 to 4 experts per layer, and copies the pruned result with ``cp``: the 
 alternate cp, prune, cp, merge; a first round warms up and is dropped. ``apply_plan`` always ends
 with its files synced to the disk, so ``cp`` is shown bare and with ``sync`` of its files after it.
 Page cache: by default all sources are cached before each run; with ``--cold`` they are evicted.
-Outputs are deleted after each run. The floor of a run is what it reads and writes, over the
-measured bandwidth of ``cp`` (which reads and writes each byte once), synced.
+Outputs are deleted after each run. Before each run an untimed ``cp`` is made and deleted, so that
+all runs find free pages equally warm: on a virtual machine the first use of a page can cost ten
+times a copy, and whoever comes first would pay. The floor of a run is what it reads and writes,
+over the measured bandwidth of ``cp`` (which reads and writes each byte once), synced.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(arguments.rounds + 1):
         for run in RUNS:
             source = kept if run.startswith("cp") else base
+            _copy(kept, out, synced=False)
+            shutil.rmtree(out)
             _prepare(source, cold=arguments.cold)
             sample = (
                 _copy(source, out, synced=run == "cp+sync")

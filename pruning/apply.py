@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from liveprune.pruning.apply_config import apply_config
 from liveprune.pruning.base_files import base_files
@@ -21,11 +20,11 @@ from liveprune.pruning.files import new_folder, write_atomic
 from liveprune.pruning.fingerprint import fingerprint
 from liveprune.pruning.layer_tensors import LayerTensors, layer_tensors
 from liveprune.pruning.model_card import base_model_name, model_card
-from liveprune.pruning.model_spec import BLOCK_KEY, ModelSpec
+from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_guards import check_plan
 from liveprune.pruning.plan_io import CHECKPOINT_PLAN, save_plan
-from liveprune.pruning.rewrite import Output, in_place, rewrite
+from liveprune.pruning.rewrite import Output, rewrite, unchanged
 from liveprune.pruning.safetensors_io import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -57,7 +56,7 @@ def apply_plan(model: Path, plan: Plan, output: Path, *, progress: Progress | No
     spec = ModelSpec.from_path(model)
     check_plan(plan, spec)
     plan = dataclasses.replace(plan, base_model=plan.base_model or base_model_name(model, plan))
-    config = apply_config(spec.config, plan, spec)
+    after = ModelSpec.from_config(apply_config(spec.config, plan, spec))
     checkpoint = read_checkpoint(model)
     blocks = layer_tensors(checkpoint.tensors, spec)
     _refuse_quantised_merges(blocks, plan, spec)
@@ -74,21 +73,19 @@ def apply_plan(model: Path, plan: Plan, output: Path, *, progress: Progress | No
             if len(shards) > 1:
                 write_atomic(folder / INDEX_NAME, index_json(shards))
             save_plan(plan, folder / CHECKPOINT_PLAN)
-            _write_config(folder, config)
-            card = model_card(model, plan, ModelSpec.from_config(config))
-            write_atomic(folder / "README.md", card.encode())
+            prints = _fingerprints(folder, after)
+            config = apply_config(spec.config, plan, spec, fingerprints=prints)
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            write_atomic(folder / "config.json", text.encode())
+            write_atomic(folder / "README.md", model_card(model, plan, after).encode())
         except OSError as error:
             raise CheckpointError(f"{output}: not written: {error}") from error
 
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json with the fingerprints of what was in fact written."""
-    spec = ModelSpec.from_config(config)
+def _fingerprints(folder: Path, spec: ModelSpec) -> dict[int, str]:
+    """Of what was in fact written, after checking it against the new config."""
     blocks = layer_tensors(read_checkpoint(folder).tensors, spec)
-    prints = {block.layer.index: fingerprint(block, spec.architecture) for block in blocks}
-    config[BLOCK_KEY]["fingerprints"] = {str(index): value for index, value in prints.items()}
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(folder / "config.json", text.encode())
+    return {block.layer.index: fingerprint(block, spec.architecture) for block in blocks}
 
 
 def _refuse_quantised_merges(blocks: Sequence[LayerTensors], plan: Plan, spec: ModelSpec) -> None:
@@ -106,14 +103,13 @@ def _shards(
     checkpoint: Checkpoint, changes: Mapping[str, tuple[Output, ...]]
 ) -> dict[str, list[Output]]:
     """The new tensors by file name, in the shards of the base model; empty ones disappear."""
-    groups = []
-    for path in checkpoint.shards:
-        tensors = {name: e for name, e in checkpoint.tensors.items() if e.path == path}
-        outputs = in_place(tensors, changes)
+    shards: dict[Path, list[Output]] = {path: [] for path in checkpoint.shards}
+    for name, entry in checkpoint.tensors.items():
+        shards[entry.path].extend(changes.get(name, (unchanged(entry),)))
+    groups = [outputs for outputs in shards.values() if outputs]
+    for outputs in groups:
         # Wide elements first, as safetensors' own writer does, keeps every tensor aligned.
         outputs.sort(key=lambda tensor: -item_bits(tensor.dtype))
-        if outputs:
-            groups.append(outputs)
     if len(groups) == 1:
         return {SINGLE_NAME: groups[0]}
     return {

@@ -151,6 +151,7 @@ def _check_experts(block: LayerTensors, spec: ModelSpec) -> None:
             f"{block.prefix}experts.{extra[0]}: found in layer {index}, "
             f"expected experts 0 to {count - 1} only"
         )
+    shapes = _matrix_shapes(spec)
     for expert in range(count):
         tensors = block.experts.get(expert, {})
         for name in spec.architecture.experts:
@@ -160,7 +161,7 @@ def _check_experts(block: LayerTensors, spec: ModelSpec) -> None:
                     f"expected experts 0 to {count - 1}"
                 )
         for key, entry in tensors.items():
-            _check_matrix(entry, _matrix_shapes(spec).get(key))
+            _check_matrix(entry, shapes.get(key))
     if not _quantised_one_by_one(spec):
         _check_alike(block)
 

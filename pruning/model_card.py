@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Plan
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+_FRONT_MATTER = re.compile(r"\s*---\n(.*?)\n---\s", re.DOTALL)
 
 
 def base_model_name(model: Path, plan: Plan) -> str:
@@ -128,11 +130,13 @@ def _change(layer: LayerPlan) -> str:
 def _licence(model: Path) -> dict[str, Any]:
     """The licence fields of the base model's card, if it has one that can be read."""
     import yaml
-    from huggingface_hub.repocard import metadata_load
 
     try:
-        metadata = metadata_load(model / "README.md") or {}
+        front = _FRONT_MATTER.match((model / "README.md").read_text(encoding="utf-8"))
+        metadata = yaml.safe_load(front[1]) if front else None
     except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(metadata, dict):
         return {}
     return {key: metadata[key] for key in _LICENCE_KEYS if metadata.get(key) is not None}
 

@@ -5,7 +5,7 @@ Pure bookkeeping: nothing is read or written here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,13 +145,3 @@ def _slices(entry: TensorEntry, first: int, last: int) -> Span:
 
 def _whole(entry: TensorEntry) -> Span:
     return Span(entry.name, entry.path, entry.start, entry.size)
-
-
-def in_place(
-    tensors: Mapping[str, TensorEntry], changes: Mapping[str, tuple[Output, ...]]
-) -> list[Output]:
-    """The outputs of one shard's tensors, in their order."""
-    outputs: list[Output] = []
-    for name, entry in tensors.items():
-        outputs.extend(changes.get(name, (unchanged(entry),)))
-    return outputs

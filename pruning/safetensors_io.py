@@ -182,7 +182,7 @@ def _check_contiguous(path: Path, entries: list[TensorEntry], base: int, length:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(Path(file).name == file for file in weight_map.values())
+        plain = all(Path(file).name == file for file in set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not readable as an index: {error}") from error
     if not weight_map or not plain:

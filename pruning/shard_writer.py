@@ -18,7 +18,7 @@ from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.files import sync_file
 from liveprune.pruning.safetensors_io import read_into, tensor_bytes
 
-FLUSH_BYTES = 1 << 28
+FLUSH_BYTES = 1 << 26
 """Written bytes after which a shard's pages start their way to the disk."""
 COPY_BYTES = 1 << 26
 BUFFER_BYTES = 1 << 22
@@ -30,7 +30,6 @@ _NO_KERNEL_COPY = {
     errno.ENOSYS,
     errno.EOPNOTSUPP,
     errno.EPERM,
-    errno.EBADF,
 }
 
 

@@ -17,7 +17,7 @@ from liveprune.pruning.shard_writer import ShardWriter
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
 MAX_WORKERS = 4
-"""Threads that copy and merge; more than a few only contend for the disk."""
+"""Threads that copy and merge, and threads that sync; more only contend for the disk."""
 REPORT_SECONDS = 0.2
 
 
@@ -38,11 +38,12 @@ def write_shards(
     total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
     stop = threading.Event()
     with ExitStack() as stack:
-        flusher = ThreadPoolExecutor(1, "flush")
+        flusher = ThreadPoolExecutor(MAX_WORKERS, "flush")
         stack.callback(flusher.shutdown, cancel_futures=True)
-        files = {path: os.open(path, os.O_RDONLY) for path in sources}
-        for file in files.values():
-            stack.callback(os.close, file)
+        files: dict[Path, int] = {}
+        for path in sources:
+            files[path] = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, files[path])
         targets: dict[Merge, dict[int, tuple[ShardWriter, int]]] = {}
         tasks: list[Callable[[], None]] = []
         writers = []
