@@ -1,4 +1,4 @@
-"""The independent reference: stock transformers with experts physically removed or merged in memory.
+"""The independent reference: stock transformers, experts physically removed or merged in memory.
 
 Shares no code with ``apply`` or the vLLM plugin: it edits the modules of the loaded base model.
 """

@@ -44,6 +44,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _HEADS),
     "qwen2_moe": ("qwen2_moe", _HEADS),
     "qwen3_moe": ("qwen3_moe", {**_HEADS, "head_dim": 32}),
+    # As many experts as Qwen3-30B-A3B, for counts that no tile size of a kernel divides.
+    "qwen3_moe_wide": (
+        "qwen3_moe",
+        {**_HEADS, "head_dim": 32, "num_experts": 128, "num_experts_per_tok": 8},
+    ),
     "olmoe": ("olmoe", _HEADS),
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "routed_scaling_factor": 2.5}),
     "deepseek_v2_groups": (
@@ -61,9 +66,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 TOKENS = 8
 """Greedy tokens after each prompt."""
 
-UNGROUPED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")
-GROUPED = ("deepseek_v2_groups", "deepseek_v3")
-
 _COUNTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "uniform": ((4, 4, 4), (2, 2, 2)),
     "counts": ((5, 7, 1), (2, 2, 1)),
@@ -74,7 +76,11 @@ _COUNTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "router_map": ((4, 8, 2), (2, 1, 2)),
 }
 """Plan -> experts and top-k of the three layers."""
-_GROUPED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
+_OWN_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    "qwen3_moe_wide": {
+        "uniform": ((103, 103, 103), (8, 8, 8)),
+        "counts": ((96, 103, 5), (8, 8, 5)),
+    },
     "deepseek_v2_groups": {
         "uniform": ((8, 8, 8), (3, 3, 3)),
         "counts": ((8, 12, 4), (3, 3, 2)),
@@ -90,13 +96,13 @@ _GROUPED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] =
 
 def plans_of(model: str) -> tuple[str, ...]:
     """Names of the plans for a base model."""
-    return tuple(_GROUPED_COUNTS.get(model, _COUNTS))
+    return tuple(_OWN_COUNTS.get(model, _COUNTS))
 
 
 def make_plan(name: str, model: str, base: Path) -> Plan:
     """The plan ``name`` for the base model in ``base``; the same at every call."""
     spec = ModelSpec.from_path(base)
-    counts, top_ks = _GROUPED_COUNTS.get(model, _COUNTS)[name]
+    counts, top_ks = _OWN_COUNTS.get(model, _COUNTS)[name]
     random = np.random.default_rng(7)
     layers = []
     for base_layer, count, top_k in zip(spec.layers, counts, top_ks, strict=True):
