@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from liveprune.pruning.architectures import Architecture
+from liveprune.pruning.checkpoint.layer_tensors import LayerTensors, layer_tensors
+from liveprune.pruning.checkpoint.safetensors_io import TensorEntry, read_checkpoint, read_into
 from liveprune.pruning.errors import CheckpointError
-from liveprune.pruning.layer_tensors import LayerTensors, layer_tensors
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.safetensors_io import TensorEntry, read_checkpoint, read_into
 
 HEAD_BYTES = 4096
 DTYPES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
 from liveprune.pruning.plan import Plan
 from tests.e2e import cases
 from tests.e2e.damaged import DAMAGED

@@ -11,7 +11,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from liveprune.server.served_model import ServedModel
 from tests.reference import greedy, pruned_model

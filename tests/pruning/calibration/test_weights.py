@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from liveprune.pruning.calibration.weights import Weights, read_tensor
+from liveprune.pruning.checkpoint.safetensors_io import read_header
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.safetensors_io import read_header
 
 MakeModel = Callable[..., Path]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from liveprune.pruning.checkpoint.safetensors_io import read_into, tensor_bytes
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.files import sync_file
-from liveprune.pruning.safetensors_io import read_into, tensor_bytes
 
 FLUSH_BYTES = 1 << 26
 """Written bytes after which a shard's pages start their way to the disk."""

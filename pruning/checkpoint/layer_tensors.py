@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from liveprune.pruning.architectures import Architecture
+from liveprune.pruning.checkpoint.safetensors_io import TensorEntry
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec, MoELayer, count_value, read_block
-from liveprune.pruning.safetensors_io import TensorEntry
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 """Element types in which weights can be added up; anything else is quantised."""

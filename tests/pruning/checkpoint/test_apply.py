@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
+from liveprune.pruning.checkpoint.verify import verify_checkpoint
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_io import load_plan
-from liveprune.pruning.verify import verify_checkpoint
 from tests import checkpoints, reference
 from tests.checkpoints import identity_plan, make_plan, merge_plan, tensors
 

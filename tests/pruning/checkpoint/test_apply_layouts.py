@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
+from liveprune.pruning.checkpoint.verify import verify_checkpoint
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.verify import verify_checkpoint
 from tests import checkpoints
 from tests.checkpoints import edited, fused, identity_plan, make_plan, merge_plan, tensors
 

@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 from liveprune.pruning.architectures import Architecture
-from liveprune.pruning.layer_tensors import LayerTensors
-from liveprune.pruning.safetensors_io import TensorEntry
+from liveprune.pruning.checkpoint.layer_tensors import LayerTensors
+from liveprune.pruning.checkpoint.safetensors_io import TensorEntry
 
 HEAD_BYTES = 4096
 

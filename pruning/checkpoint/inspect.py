@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from liveprune.pruning.checkpoint.layer_tensors import layer_tensors
+from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint
 from liveprune.pruning.foreign import read_any_plan
-from liveprune.pruning.layer_tensors import layer_tensors
 from liveprune.pruning.model_spec import ModelSpec, Router, read_block
-from liveprune.pruning.safetensors_io import read_checkpoint
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
+from liveprune.pruning.checkpoint.inspect import inspect
 from liveprune.pruning.errors import CheckpointError, PlanError
-from liveprune.pruning.inspect import inspect
 from liveprune.pruning.plan_io import save_plan
 from tests.checkpoints import edited, make_plan, merge_plan
 

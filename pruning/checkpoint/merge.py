@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from liveprune.pruning.checkpoint.safetensors_io import item_bits, read_into
 from liveprune.pruning.errors import CheckpointError, PlanError
 from liveprune.pruning.plan import Matrix
-from liveprune.pruning.safetensors_io import item_bits, read_into
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from liveprune.pruning import shard_writer
+from liveprune.pruning.checkpoint import shard_writer
+from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint, read_header, tensor_bytes
+from liveprune.pruning.checkpoint.shard_writer import NewTensor, ShardWriter
 from liveprune.pruning.errors import CheckpointError
-from liveprune.pruning.safetensors_io import read_checkpoint, read_header, tensor_bytes
-from liveprune.pruning.shard_writer import NewTensor, ShardWriter
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.int64).view(2, 3),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from liveprune.pruning.apply_config import apply_config
-from liveprune.pruning.model_card import base_model_name, model_card
+from liveprune.pruning.checkpoint.apply_config import apply_config
+from liveprune.pruning.checkpoint.model_card import base_model_name, model_card
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from tests.checkpoints import edited, make_plan, merge_plan

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
+from liveprune.pruning.checkpoint.verify import verify_checkpoint
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
-from liveprune.pruning.verify import verify_checkpoint
 from tests import reference
 from tests.checkpoints import assert_same, tensors
 

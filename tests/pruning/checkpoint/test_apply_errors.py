@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from liveprune.pruning import apply, shard_writer
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint import apply, shard_writer
+from liveprune.pruning.checkpoint.apply import apply_plan
 from liveprune.pruning.errors import CheckpointError, PlanError
 from liveprune.pruning.plan import Plan
 from tests.checkpoints import edited, identity_plan, make_plan, merge_plan

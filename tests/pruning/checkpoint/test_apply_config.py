@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from liveprune.pruning.apply_config import apply_config
 from liveprune.pruning.architectures import ARCHITECTURES
+from liveprune.pruning.checkpoint.apply_config import apply_config
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.foreign import read_any_plan
-from liveprune.pruning.foreign_eep import matches, read_coefficients
+from liveprune.pruning.foreign.eep import matches, read_coefficients
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from liveprune.pruning.checkpoint.layer_tensors import mtp_experts
 from liveprune.pruning.errors import PlanError
-from liveprune.pruning.layer_tensors import mtp_experts
 from liveprune.pruning.model_spec import BLOCK_KEY, BLOCK_VERSION, LIST_KEYS, ModelSpec
 from liveprune.pruning.plan import Plan
 

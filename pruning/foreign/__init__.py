@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from liveprune.pruning.errors import PlanError
-from liveprune.pruning.foreign_counts import COUNTS_FORM, read_counts, states_counts
-from liveprune.pruning.foreign_eep import (
+from liveprune.pruning.foreign.counts import COUNTS_FORM, read_counts, states_counts
+from liveprune.pruning.foreign.eep import (
     EEP_FORM,
     CoefficientFile,
     Coefficients,
     eep_plan,
     read_coefficients,
 )
-from liveprune.pruning.foreign_reports import (
+from liveprune.pruning.foreign.reports import (
     LAYER_KEYS,
     RANKED_FORM,
     REPORT_FORM,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.foreign import read_any_plan, write_llm_compressor_report
-from liveprune.pruning.foreign_reports import layer_index
+from liveprune.pruning.foreign.reports import layer_index
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 

@@ -13,27 +13,27 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from liveprune.pruning.apply_config import apply_config
-from liveprune.pruning.base_files import base_files
-from liveprune.pruning.errors import CheckpointError, PlanError
-from liveprune.pruning.files import new_folder, write_atomic
-from liveprune.pruning.fingerprint import fingerprint
-from liveprune.pruning.layer_tensors import LayerTensors, layer_tensors
-from liveprune.pruning.model_card import base_model_name, model_card
-from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.plan import Plan
-from liveprune.pruning.plan_guards import check_plan
-from liveprune.pruning.plan_io import CHECKPOINT_PLAN, save_plan
-from liveprune.pruning.rewrite import Output, rewrite, unchanged
-from liveprune.pruning.safetensors_io import (
+from liveprune.pruning.checkpoint.apply_config import apply_config
+from liveprune.pruning.checkpoint.base_files import base_files
+from liveprune.pruning.checkpoint.fingerprint import fingerprint
+from liveprune.pruning.checkpoint.layer_tensors import LayerTensors, layer_tensors
+from liveprune.pruning.checkpoint.model_card import base_model_name, model_card
+from liveprune.pruning.checkpoint.rewrite import Output, rewrite, unchanged
+from liveprune.pruning.checkpoint.safetensors_io import (
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
     item_bits,
     read_checkpoint,
 )
-from liveprune.pruning.shard_writer import index_json
-from liveprune.pruning.write_shards import Progress, write_shards
+from liveprune.pruning.checkpoint.shard_writer import index_json
+from liveprune.pruning.checkpoint.write_shards import Progress, write_shards
+from liveprune.pruning.errors import CheckpointError, PlanError
+from liveprune.pruning.files import new_folder, write_atomic
+from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan_guards import check_plan
+from liveprune.pruning.plan_io import CHECKPOINT_PLAN, save_plan
 
 _SPARE_BYTES = 1 << 20
 """Room for headers, config, index and card."""

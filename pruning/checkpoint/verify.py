@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from liveprune.pruning.checkpoint.fingerprint import fingerprint
+from liveprune.pruning.checkpoint.layer_tensors import LayerTensors, layer_tensors
+from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint
 from liveprune.pruning.errors import CheckpointError
-from liveprune.pruning.fingerprint import fingerprint
-from liveprune.pruning.layer_tensors import LayerTensors, layer_tensors
 from liveprune.pruning.model_spec import ModelSpec, read_block
-from liveprune.pruning.safetensors_io import read_checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from liveprune.pruning.architectures import Architecture
-from liveprune.pruning.layer_tensors import LayerTensors
-from liveprune.pruning.merge import Merge, Span
+from liveprune.pruning.checkpoint.layer_tensors import LayerTensors
+from liveprune.pruning.checkpoint.merge import Merge, Span
+from liveprune.pruning.checkpoint.safetensors_io import TensorEntry
+from liveprune.pruning.checkpoint.shard_writer import NewTensor
 from liveprune.pruning.plan import LayerPlan, Matrix, Plan
-from liveprune.pruning.safetensors_io import TensorEntry
-from liveprune.pruning.shard_writer import NewTensor
 
 
 @dataclass(frozen=True, eq=False)

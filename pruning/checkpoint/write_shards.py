@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from liveprune.pruning.merge import Merge, Span
-from liveprune.pruning.rewrite import Literal, MergedRow, Output, Part
-from liveprune.pruning.shard_writer import ShardWriter
+from liveprune.pruning.checkpoint.merge import Merge, Span
+from liveprune.pruning.checkpoint.rewrite import Literal, MergedRow, Output, Part
+from liveprune.pruning.checkpoint.shard_writer import ShardWriter
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""

@@ -15,7 +15,7 @@ from typing import Any
 from liveprune.pruning.architectures import ARCHITECTURES
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.files import write_atomic
-from liveprune.pruning.foreign_layers import active_experts, plan_over
+from liveprune.pruning.foreign.layers import active_experts, plan_over
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
+from liveprune.pruning.checkpoint.verify import check_finite, verify_checkpoint
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.verify import check_finite, verify_checkpoint
 from tests.checkpoints import edited, fused, make_plan, merge_plan
 
 TinyModel = Callable[..., Path]
@@ -257,7 +257,7 @@ FLOATS = (
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_one_nan_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("liveprune.pruning.verify._CHUNK", 8)
+    monkeypatch.setattr("liveprune.pruning.checkpoint.verify._CHUNK", 8)
     values = torch.ones(5, 7)
     check_finite("x", values.to(dtype))
     check_finite("x", values.to(dtype).t())

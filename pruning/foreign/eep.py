@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from liveprune.pruning.errors import PlanError
-from liveprune.pruning.foreign_layers import active_experts, plan_over
+from liveprune.pruning.foreign.layers import active_experts, plan_over
 from liveprune.pruning.model_spec import ModelSpec, MoELayer
 from liveprune.pruning.plan import LayerPlan, Lineage, Matrix, Plan
 

@@ -1,0 +1,1 @@
+"""Checkpoints: carrying plans out on them, checking and inspecting them."""
