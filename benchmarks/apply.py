@@ -33,11 +33,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
+from liveprune.pruning.checkpoint.safetensors_io import INDEX_NAME
+from liveprune.pruning.checkpoint.shard_writer import NewTensor, ShardWriter, index_json
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from liveprune.pruning.plan_io import load_plan, save_plan
-from liveprune.pruning.safetensors_io import INDEX_NAME
-from liveprune.pruning.shard_writer import NewTensor, ShardWriter, index_json
 
 HIDDEN, EXPERT, EXPERTS, VOCABULARY = 2048, 7168, 8, 32000
 RUNS = ("cp", "cp+sync", "prune 8->4", "merge 8->4")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from liveprune.patches.compat import Seam
+from liveprune.pruning.checkpoint.verify import check_finite, verify_checkpoint
 from liveprune.pruning.model_spec import BLOCK_KEY
-from liveprune.pruning.verify import check_finite, verify_checkpoint
 
 GET_ALL_WEIGHTS = Seam(
     "vllm.model_executor.model_loader.default_loader",

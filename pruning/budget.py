@@ -254,8 +254,6 @@ def _top_k(layer: MoELayer, top_k: int | Sequence[int] | None, place: int, *, sk
 
 
 def _floor(top_k: int, router: Router) -> int:
-    if router.groups == 1:
-        return top_k
     return router.groups * max(router.group_top, math.ceil(top_k / router.top_groups))
 
 

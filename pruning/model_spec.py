@@ -261,8 +261,8 @@ def _router(architecture: Architecture, config: Mapping[str, Any]) -> Router:
         renormalise=renormalise,
         groups=groups if limited else 1,
         top_groups=top_groups,
-        # DeepSeek-V3 adds up a group's two best scores, V2 takes the best one.
-        group_top=2 if limited and architecture.side_tensors else 1,
+        # DeepSeek-V3 adds up a group's two best scores (of its only group, too); V2 takes the best.
+        group_top=2 if architecture.grouped and architecture.side_tensors else 1,
         scale=float(config.get("routed_scaling_factor") or 1.0),
     )
 

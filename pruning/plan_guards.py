@@ -56,7 +56,7 @@ def _check_layer(layer: LayerPlan, base: MoELayer, router: Router) -> None:
             f"{where}: found a router map, expected none: it acts on softmax probabilities, and "
             f"this model routes by {router.scoring} in {router.groups} group(s)"
         )
-    if router.groups > 1 and not layer.is_identity:
+    if max(router.groups, router.group_top) > 1 and not layer.is_identity:
         check_groups(layer.kept, layer.experts, layer.top_k, router, where)
 
 

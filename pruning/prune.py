@@ -26,6 +26,7 @@ from liveprune.pruning.calibration.statistics import RoutingStatistics
 from liveprune.pruning.calibration.weights import Weights
 from liveprune.pruning.errors import DataError, PlanError
 from liveprune.pruning.methods import Method, find_method
+from liveprune.pruning.model_name import model_name
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from liveprune.pruning.plan_guards import check_plan
@@ -116,7 +117,7 @@ def make_plan(
         scores=_scores_to_json(scores, protected),
     )
     kept = {i: select(ranked[i], count, spec.router, i) for i, count in counts.items()}
-    plan = _plan(spec, budgets, kept, lineage, str(model))
+    plan = _plan(spec, budgets, kept, lineage, model_name(model))
     check_plan(plan, spec)
     return plan
 

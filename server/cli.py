@@ -96,7 +96,7 @@ def prune(
     ] = False,
 ) -> None:
     """Choose the experts to keep and write the pruned checkpoint (or, --plan-only, the plan)."""
-    from liveprune.pruning.apply import apply_plan
+    from liveprune.pruning.checkpoint.apply import apply_plan
     from liveprune.pruning.plan_io import save_plan
     from liveprune.pruning.prune import make_plan
     from liveprune.server.model_path import local_model
@@ -140,7 +140,7 @@ def apply(
     top_k: Annotated[int | None, typer.Option(help="For plan files that do not state it.")] = None,
 ) -> None:
     """Carry out a plan: write the pruned or merged checkpoint, streaming."""
-    from liveprune.pruning.apply import apply_plan
+    from liveprune.pruning.checkpoint.apply import apply_plan
     from liveprune.pruning.foreign import read_any_plan
     from liveprune.pruning.model_spec import ModelSpec
     from liveprune.server.model_path import local_model
@@ -163,7 +163,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show experts, top-k and bytes per layer of a model or a plan."""
-    from liveprune.pruning.inspect import inspect as look
+    from liveprune.pruning.checkpoint.inspect import inspect as look
     from liveprune.pruning.model_spec import ModelSpec
     from liveprune.server.model_path import local_model
 

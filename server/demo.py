@@ -16,13 +16,13 @@ from openai import AsyncOpenAI
 from rich.console import Console
 from rich.table import Table
 
-from liveprune.pruning.apply import apply_plan
+from liveprune.pruning.checkpoint.apply import apply_plan
+from liveprune.pruning.checkpoint.inspect import inspect
 from liveprune.pruning.demo import model_path, rows_path, task_names
 from liveprune.pruning.demo.rows import read_rows
 from liveprune.pruning.demo.tasks import Row
 from liveprune.pruning.errors import DataError
 from liveprune.pruning.files import write_atomic
-from liveprune.pruning.inspect import inspect
 from liveprune.pruning.prune import make_plan
 from liveprune.server.chart import save_chart
 from liveprune.server.served_model import ServedModel

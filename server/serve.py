@@ -6,15 +6,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from liveprune.pruning.checkpoint.verify import verify_checkpoint
 from liveprune.pruning.errors import ArchitectureError, IncompatibleEnvironmentError
 from liveprune.pruning.model_spec import BLOCK_KEY, ModelSpec
-from liveprune.pruning.verify import verify_checkpoint
 
 MIDDLEWARE = "liveprune.server.openai_errors.OpenAIErrorMiddleware"
 
 
 def check_model(model: str) -> str:
-    """Check a local checkpoint before vLLM starts; return one line that says what it is.
+    """Check a local pruned checkpoint before vLLM starts; return one line that says what it is.
 
     Raises:
         LiveprunError: files are missing, damaged or contradict the config.
@@ -27,7 +27,9 @@ def check_model(model: str) -> str:
     except ArchitectureError as error:
         # vLLM serves more families than Liveprune can prune.
         return f"{model}: served by vLLM as it is ({error})"
-    verify_checkpoint(path)
+    if BLOCK_KEY in spec.config or not spec.is_uniform:
+        # Others are vLLM's to judge: it reads more formats than safetensors.
+        verify_checkpoint(path)
     return f"{model}: {summary(spec)}"
 
 

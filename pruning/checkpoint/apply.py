@@ -17,7 +17,7 @@ from liveprune.pruning.checkpoint.apply_config import apply_config
 from liveprune.pruning.checkpoint.base_files import base_files
 from liveprune.pruning.checkpoint.fingerprint import fingerprint
 from liveprune.pruning.checkpoint.layer_tensors import LayerTensors, layer_tensors
-from liveprune.pruning.checkpoint.model_card import base_model_name, model_card
+from liveprune.pruning.checkpoint.model_card import model_card
 from liveprune.pruning.checkpoint.rewrite import Output, rewrite, unchanged
 from liveprune.pruning.checkpoint.safetensors_io import (
     INDEX_NAME,
@@ -30,6 +30,7 @@ from liveprune.pruning.checkpoint.shard_writer import index_json
 from liveprune.pruning.checkpoint.write_shards import Progress, write_shards
 from liveprune.pruning.errors import CheckpointError, PlanError
 from liveprune.pruning.files import new_folder, write_atomic
+from liveprune.pruning.model_name import model_name
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_guards import check_plan
@@ -55,7 +56,7 @@ def apply_plan(model: Path, plan: Plan, output: Path, *, progress: Progress | No
     """
     spec = ModelSpec.from_path(model)
     check_plan(plan, spec)
-    plan = dataclasses.replace(plan, base_model=plan.base_model or base_model_name(model, plan))
+    plan = dataclasses.replace(plan, base_model=model_name(plan.base_model or model))
     after = ModelSpec.from_config(apply_config(spec.config, plan, spec))
     checkpoint = read_checkpoint(model)
     blocks = layer_tensors(checkpoint.tensors, spec)

@@ -14,31 +14,15 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)\n---\s", re.DOTALL)
 
 
-def base_model_name(model: Path, plan: Plan) -> str:
-    """How people know the base model: the plan's name for it, else the hub id, else the folder.
-
-    Paths are cut down to a name: they mean nothing on another machine.
-    """
-    stated = plan.base_model
-    if stated and not Path(stated).is_absolute() and stated.count("/") <= 1:
-        return stated
-    path = Path(stated) if stated else model.absolute()
-    for part in path.parts:
-        # The hub's cache: models--ORG--NAME/snapshots/REVISION.
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    return path.name
-
-
 def model_card(model: Path, plan: Plan, spec: ModelSpec) -> str:
     """Return the card's text.
 
     Args:
         model: folder of the base model; its own card may state a licence, which is kept.
-        plan: the plan carried out.
+        plan: the plan carried out; it names the base model.
         spec: the pruned checkpoint's spec.
     """
-    name = base_model_name(model, plan)
+    name = plan.base_model
     fields: dict[str, Any] = {
         "library_name": "transformers",
         "base_model": name,

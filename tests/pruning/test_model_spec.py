@@ -103,7 +103,7 @@ def test_a_uniform_config(family: str) -> None:
         (
             "deepseek_v3",
             {"n_group": 1, "topk_group": 1},
-            Router("sigmoid", renormalise=True, scale=2.5),
+            Router("sigmoid", renormalise=True, group_top=2, scale=2.5),
         ),
     ],
 )

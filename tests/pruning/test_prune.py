@@ -71,7 +71,7 @@ def test_lineage_tells_all(tiny_model: MakeModel, rows: Path) -> None:
     assert len(lineage.calibration) == 32
     assert {"torch", "transformers", "numpy"} <= set(lineage.versions)
     assert sorted(lineage.scores) == ["0", "1", "2"]
-    assert plan.base_model == str(tiny_model("olmoe"))
+    assert plan.base_model == tiny_model("olmoe").name
     assert {layer.top_k for layer in plan.layers} == {1}
 
 

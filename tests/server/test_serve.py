@@ -27,11 +27,17 @@ def test_a_damaged_checkpoint_is_refused_before_vllm_starts(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model("mixtral"), model)
-    assert "8 experts" in serve.check_model(str(model))
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "num_local_experts": 9}))
-    with pytest.raises(CheckpointError, match=r"\[8, 64\], expected \[9, 64\]"):
-        serve.check_model(str(model))
+    broken = {**config, "num_local_experts": 9}
+    (model / "config.json").write_text(json.dumps(broken))
+    assert "9 experts" in serve.check_model(str(model))  # no pruned one: vLLM judges it
+    for mark in (
+        {"liveprune": {"version": 1}},
+        {"per_layer_config": {"1": {"num_local_experts": 8}}},
+    ):
+        (model / "config.json").write_text(json.dumps({**broken, **mark}))
+        with pytest.raises(CheckpointError, match=r"\[8, 64\], expected \[9, 64\]"):
+            serve.check_model(str(model))
 
 
 def test_a_family_that_only_vllm_knows_is_served_as_it_is(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def plans(draw: st.DrawFn) -> tuple[dict[str, Any], ModelSpec, Plan]:
     top_k = draw(st.integers(1, experts))
     config = base_config(family, experts, top_k, num_hidden_layers=draw(st.integers(2, 5)))
     spec = ModelSpec.from_config(config)
-    counts = [draw(st.integers(1, experts)) for _ in spec.layers]
+    counts = [draw(st.integers(spec.router.group_top, experts)) for _ in spec.layers]
     top_ks = [draw(st.integers(1, min(top_k, count))) for count in counts]
     return config, spec, pruned(spec, counts, top_ks)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import yaml
 
 from liveprune.pruning.checkpoint.apply_config import apply_config
-from liveprune.pruning.checkpoint.model_card import base_model_name, model_card
+from liveprune.pruning.checkpoint.model_card import model_card
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from tests.checkpoints import edited, make_plan, merge_plan
@@ -78,23 +77,3 @@ def test_the_licence_is_kept(
     (base / "README.md").write_text(readme)
     found = front_matter(card_of(base, make_plan(base, [(0, 1)])))
     assert {k: v for k, v in found.items() if k.startswith("license")} == expected
-
-
-@pytest.mark.parametrize(
-    ("stated", "model", "expected"),
-    [
-        ("org/name", "/models/x", "org/name"),
-        ("name", "/models/x", "name"),
-        ("", "/models/x", "x"),
-        ("/home/me/models/x-7b", "/elsewhere", "x-7b"),
-        ("../models/x-7b", "/elsewhere", "x-7b"),
-        ("", "/cache/models--org--name/snapshots/abc", "org/name"),
-        ("/cache/models--org--name/snapshots/abc", "/models/x", "org/name"),
-    ],
-)
-def test_names_of_base_models(
-    stated: str, model: str, expected: str, tiny_model: TinyModel
-) -> None:
-    plan = make_plan(tiny_model("mixtral"), [(0, 1)])
-    plan = dataclasses.replace(plan, base_model=stated)
-    assert base_model_name(Path(model), plan) == expected
