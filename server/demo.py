@@ -32,7 +32,7 @@ FLAGS = (
     *("--gpu-memory-utilization", "0.2"),  # on a CPU: share of memory that must be free at start
 )
 MAX_TOKENS = 48
-ROUNDS = 3
+ROUNDS = 5
 """Alternated timing rounds; the median is reported."""
 
 
@@ -76,7 +76,7 @@ def run_demo(output: Path, *, task: str, rows: int, console: Console) -> None:
     console.print(f"[bold]2[/] write the pruned checkpoint to {pruned} (plan {plan.digest})")
     shutil.rmtree(pruned, ignore_errors=True)
     apply_plan(base, plan, pruned)
-    console.print("[bold]3[/] serve the full and the pruned model on vLLM (about a minute)")
+    console.print("[bold]3[/] serve the full and the pruned model on vLLM (a minute or two)")
     models = {"demo": base, "demo-e4k1": pruned}
     measured = [Measured(name, inspect(path).expert_bytes or 0) for name, path in models.items()]
     with ExitStack() as stack:
