@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from liveprune.patches.compat import Seam
+from liveprune.patches.hf_config import LAYERS_ATTRIBUTE
 from liveprune.pruning.checkpoint.verify import check_finite, verify_checkpoint
 from liveprune.pruning.model_spec import BLOCK_KEY
 
@@ -27,7 +28,7 @@ def wrap_get_all_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_all_weights(self: Any, model_config: Any, model: Any) -> Iterator[Any]:
         weights = original(self, model_config, model)
         config = model_config.hf_config
-        if not hasattr(config, BLOCK_KEY) and not hasattr(config, "liveprune_layers"):
+        if not hasattr(config, BLOCK_KEY) and not hasattr(config, LAYERS_ATTRIBUTE):
             return weights  # type: ignore[no-any-return]
         folder = self._prepare_weights(
             model_config.model,

@@ -91,6 +91,9 @@ def prune(
     max_tokens: Annotated[int, typer.Option(help="Tokens used of each row.")] = 2048,
     max_rows: Annotated[int, typer.Option(help="Rows used.")] = 1024,
     device: Annotated[str, typer.Option(help="Where calibration runs: cpu or cuda.")] = "cpu",
+    statistics_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps calibration results for later calls.")
+    ] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Write the plan, not a checkpoint.")
     ] = False,
@@ -118,6 +121,7 @@ def prune(
             max_tokens=max_tokens,
             max_rows=max_rows,
             device=device,
+            statistics_cache=statistics_cache,
             progress=update,
         )
     if plan_only:
@@ -152,6 +156,19 @@ def apply(
     with progress_bar("writing", binary=True) as update:
         apply_plan(folder, recipe, output, progress=update)
     console.print(f"plan {recipe.digest} written to {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    plan: Annotated[Path, typer.Argument(help="A plan file, or a pruned checkpoint.")],
+    output: OutputOption,
+) -> None:
+    """Write a plan as llm-compressor's JSON report: kept expert ids by layer name."""
+    from liveprune.pruning.foreign import write_llm_compressor_report
+    from liveprune.pruning.plan_io import load_plan
+
+    write_llm_compressor_report(load_plan(plan), output)
+    console.print(f"written to {output}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -48,6 +48,30 @@ def test_prune_inspect_and_apply_agree(tiny_model: TinyModel, tmp_path: Path) ->
     assert load_plan(tmp_path / "direct") == plan
 
 
+def test_a_plan_can_be_exported_and_read_back(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base = tiny_model("qwen2_moe")
+    run("prune", base, "-o", tmp_path / "p.json", "--method", "aimer", "--experts", "5",
+        "--plan-only")  # fmt: skip
+    run("export", tmp_path / "p.json", "-o", tmp_path / "report.json")
+    kept = load_plan(tmp_path / "p.json").layers[1].kept
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["model.layers.1.mlp"] == list(kept)
+    run("apply", base, tmp_path / "report.json", "-o", tmp_path / "out")
+    assert load_plan(tmp_path / "out").layers[1].kept == kept
+
+
+def test_calibration_results_are_found_again(tiny_model: TinyModel, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "hello there"}\n{"text": "12 + 34"}\n')
+    for method in ("reap", "frequency"):
+        run("prune", tiny_model("olmoe"), "-o", tmp_path / f"{method}.json", "--method", method,
+            "--experts", "4", "--calibration", rows, "--plan-only",
+            "--statistics-cache", tmp_path / "cache")  # fmt: skip
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    one, other = (load_plan(tmp_path / f"{m}.json").lineage for m in ("reap", "frequency"))
+    assert one.calibration == other.calibration
+
+
 def test_counts_may_come_from_a_file(tiny_model: TinyModel, tmp_path: Path) -> None:
     (tmp_path / "counts.json").write_text('{"num_experts_per_layer": [5, 6, 7]}')
     run("prune", tiny_model("mixtral"), "-o", tmp_path / "p.json", "--method", "aimer",
