@@ -57,21 +57,10 @@ class LayerPlan:
             matrix = getattr(self, name)
             if matrix is not None:
                 object.__setattr__(self, name, _frozen(matrix, where, name, self.experts))
-        if self.router_map is not None and self.merge is None:
-            raise PlanError(f"{where}: found a router_map without a merge matrix")
-        if self.router_map is not None and self.kept:
-            raise PlanError(f"{where}: found both a router_map and kept ids; expected one of them")
         if self.router_map is None:
             self._check_kept(where)
-        if self.merge is not None and self.kept and len(self.kept) != len(self.merge):
-            raise PlanError(
-                f"{where}: found {len(self.kept)} kept ids for {len(self.merge)} merged experts"
-            )
-        if self.router_map is not None and self.router_map.shape != self.merge.shape:  # type: ignore[union-attr]
-            raise PlanError(
-                f"{where}: router_map is {self.router_map.shape}, "
-                f"expected {self.merge.shape} like merge"  # type: ignore[union-attr]
-            )
+        else:
+            self._check_router_map(where, self.router_map)
         if not 1 <= self.top_k <= self.kept_experts:
             raise PlanError(
                 f"{where}: top_k is {self.top_k}, expected 1 to {self.kept_experts} (experts kept)"
@@ -86,6 +75,20 @@ class LayerPlan:
         if list(self.kept) != sorted(set(self.kept)):
             raise PlanError(
                 f"{where}: found kept ids {list(self.kept)}, expected ascending without repeats"
+            )
+        if self.merge is not None and len(self.kept) != len(self.merge):
+            raise PlanError(
+                f"{where}: found {len(self.kept)} kept ids for {len(self.merge)} merged experts"
+            )
+
+    def _check_router_map(self, where: str, router_map: Matrix) -> None:
+        if self.merge is None:
+            raise PlanError(f"{where}: found a router_map without a merge matrix")
+        if self.kept:
+            raise PlanError(f"{where}: found both a router_map and kept ids; expected one of them")
+        if router_map.shape != self.merge.shape:
+            raise PlanError(
+                f"{where}: router_map is {router_map.shape}, expected {self.merge.shape} like merge"
             )
 
     @property
