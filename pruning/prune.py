@@ -87,6 +87,10 @@ def make_plan(
     budgets = layer_budgets(spec, budget, top_k=top_k, skip_layers=skip_layers, allocate=allocate)
     _check_before_pass(budgets, spec)
     needs_rows = chosen.needs_calibration or keep_super_experts
+    if needs_rows:
+        _check_device(device)
+    if statistics_cache is not None and statistics_cache.exists() and not statistics_cache.is_dir():
+        raise DataError(f"statistics cache {statistics_cache}: found a file, expected a folder")
     reads_weights = needs_rows or chosen.from_weights is not None
     weights = Weights(model, spec) if reads_weights else None
     rows = _rows(model, spec, chosen, calibration, max_tokens, max_rows) if needs_rows else None
@@ -120,6 +124,14 @@ def make_plan(
     plan = _plan(spec, budgets, kept, lineage, model_name(model))
     check_plan(plan, spec)
     return plan
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in (*available, *(["cuda"] if len(available) > 1 else [])):
+        raise DataError(f"device: found {device!r}, expected one of {', '.join(available)}")
 
 
 def _check_before_pass(budgets: Sequence[LayerBudget], spec: ModelSpec) -> None:

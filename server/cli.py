@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata as metadata
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.table import Table
 from liveprune.pruning.errors import LiveprunError, PlanError
 
 app = typer.Typer(
-    help="Serve a sparse mixture-of-experts model and prune it while it serves.",
+    help="Prune a sparse mixture-of-experts model and serve it on vLLM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,14 +41,30 @@ class Allocation(StrEnum):
 
 
 def main() -> None:
-    """Run the command; an error made on purpose is one line and exit status 2."""
+    """Run the command; an error made on purpose, or by the disk, is one line and exit status 2."""
     try:
         app()
-    except (LiveprunError, FileExistsError) as error:
+    except (LiveprunError, OSError) as error:
         Console(stderr=True).print(
             f"liveprune: {error}", style="red", highlight=False, soft_wrap=True
         )
         sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"liveprune {metadata.version('liveprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command(
@@ -80,7 +98,7 @@ def prune(
     ],
     top_k: Annotated[str | None, typer.Option(help="Active experts: one number or a list.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="JSONL rows.")] = None,
-    seed: Annotated[int, typer.Option(help="For methods that draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="For methods that draw.")] = 0,
     allocate: Annotated[
         Allocation, typer.Option(help="The same count in all layers, or one total shared out.")
     ] = Allocation.UNIFORM,
@@ -88,8 +106,8 @@ def prune(
     keep_super_experts: Annotated[
         bool, typer.Option("--keep-super-experts", help="Never prune outlier experts.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="Tokens used of each row.")] = 2048,
-    max_rows: Annotated[int, typer.Option(help="Rows used.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens used of each row.")] = 2048,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows used.")] = 1024,
     device: Annotated[str, typer.Option(help="Where calibration runs: cpu or cuda.")] = "cpu",
     statistics_cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps calibration results for later calls.")
@@ -167,6 +185,7 @@ def export(
     from liveprune.pruning.foreign import write_llm_compressor_report
     from liveprune.pruning.plan_io import load_plan
 
+    _check_output(output, is_file=True)
     write_llm_compressor_report(load_plan(plan), output)
     console.print(f"written to {output}", highlight=False, soft_wrap=True)
 
@@ -223,7 +242,7 @@ def demo(
         "build/demo"
     ),
     task: Annotated[str, typer.Option(help="The task to prune for.")] = "sort",
-    rows: Annotated[int, typer.Option(help="Test rows per task.")] = 40,
+    rows: Annotated[int, typer.Option(min=1, max=300, help="Test rows per task.")] = 40,
 ) -> None:
     """Prune the shipped model from 8 to 4 experts for one task, serve both, compare."""
     from liveprune.server.demo import run_demo
@@ -232,11 +251,14 @@ def demo(
 
 
 def _check_output(output: Path, *, is_file: bool) -> None:
-    """Refuse a taken output before hours of work."""
-    if is_file and output.is_dir():
-        raise FileExistsError(f"{output}: is a folder; expected a file name for the plan")
-    if not is_file and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output}: exists already; expected a new or empty folder")
+    """Refuse an output that is taken, or cannot be made, before hours of work."""
+    empty = not is_file and output.is_dir() and not any(output.iterdir())
+    if output.exists() and not empty:
+        expected = "a new file" if is_file else "a new or empty folder"
+        raise FileExistsError(f"{output}: exists already; expected {expected}")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise NotADirectoryError(f"{output}: {parent} is not a folder that can be written to")
 
 
 def _budget(experts: str, model: Path) -> str | list[int]:

@@ -21,8 +21,7 @@ def local_model(model: str) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    if path.exists() or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"{model}: found no such folder; expected a checkpoint folder")
+    check_not_a_path(model)
     try:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
         return Path(snapshot_download(model, allow_patterns=patterns))
@@ -30,3 +29,13 @@ def local_model(model: str) -> Path:
         raise CheckpointError(
             f"{model}: found neither a folder nor a model of that name on the hub: {error}"
         ) from error
+
+
+def check_not_a_path(model: str) -> None:
+    """Refuse what can only be meant as a path and is no folder.
+
+    Raises:
+        CheckpointError: ``model`` is a file, or starts like a path.
+    """
+    if Path(model).exists() or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: found no such folder; expected a checkpoint folder")

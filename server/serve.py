@@ -9,6 +9,8 @@ from pathlib import Path
 from liveprune.pruning.checkpoint.verify import verify_checkpoint
 from liveprune.pruning.errors import ArchitectureError, IncompatibleEnvironmentError
 from liveprune.pruning.model_spec import BLOCK_KEY, ModelSpec
+from liveprune.pruning.plan_io import CHECKPOINT_PLAN
+from liveprune.server.model_path import check_not_a_path
 
 MIDDLEWARE = "liveprune.server.openai_errors.OpenAIErrorMiddleware"
 
@@ -21,13 +23,14 @@ def check_model(model: str) -> str:
     """
     path = Path(model)
     if not path.is_dir():
+        check_not_a_path(model)
         return f"{model}: not a local folder, vLLM resolves it"
     try:
         spec = ModelSpec.from_path(path)
     except ArchitectureError as error:
         # vLLM serves more families than Liveprune can prune.
         return f"{model}: served by vLLM as it is ({error})"
-    if BLOCK_KEY in spec.config or not spec.is_uniform:
+    if BLOCK_KEY in spec.config or not spec.is_uniform or (path / CHECKPOINT_PLAN).exists():
         # Others are vLLM's to judge: it reads more formats than safetensors.
         verify_checkpoint(path)
     return f"{model}: {summary(spec)}"

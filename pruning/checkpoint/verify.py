@@ -10,6 +10,8 @@ from liveprune.pruning.checkpoint.layer_tensors import LayerTensors, layer_tenso
 from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec, read_block
+from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan_io import CHECKPOINT_PLAN, load_plan
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +26,34 @@ def verify_checkpoint(model: Path) -> None:
 
     Raises:
         CheckpointError: names the tensor or layer, what was found and what was expected.
+        PlanError: the plan kept beside a pruned checkpoint is damaged.
         ArchitectureError: the family is not supported.
     """
     spec = ModelSpec.from_path(model)
+    if (model / CHECKPOINT_PLAN).exists():
+        _check_plan(load_plan(model), spec)
     blocks = layer_tensors(read_checkpoint(model).tensors, spec)
     stated = (read_block(spec.config) or {}).get("fingerprints")
     if stated is not None:
         _check_fingerprints(blocks, {int(k): str(v) for k, v in stated.items()}, spec)
+
+
+def _check_plan(plan: Plan, spec: ModelSpec) -> None:
+    """The config says what the plan kept beside it says."""
+    stated = (read_block(spec.config) or {}).get("plan", plan.digest)
+    if stated != plan.digest:
+        raise CheckpointError(
+            f"config.json: liveprune.plan is {stated}, expected {plan.digest} as in "
+            f"{CHECKPOINT_PLAN}"
+        )
+    found = {layer.index: (layer.experts, layer.top_k) for layer in spec.layers}
+    expected = {layer.layer: (layer.kept_experts, layer.top_k) for layer in plan.layers}
+    for index in sorted(found.keys() | expected.keys()):
+        if found.get(index) != expected.get(index):
+            raise CheckpointError(
+                f"config.json: layer {index} has (experts, top-k) {found.get(index)}, expected "
+                f"{expected.get(index)} as in {CHECKPOINT_PLAN}"
+            )
 
 
 def _check_fingerprints(

@@ -306,3 +306,17 @@ def golden_rows(golden: Path, folder: Path) -> Path:
     path = folder / "golden.jsonl"
     path.write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows))
     return path
+
+
+def test_a_device_that_is_not_there_and_a_cache_that_is_a_file_are_refused_before_the_pass(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"device": "gpu"}, "device: found 'gpu', expected one of cpu"),
+        ({"device": "cuda:99"}, "device: found 'cuda:99', expected one of cpu"),
+        ({"statistics_cache": tmp_path / "file"}, "found a file, expected a folder"),
+    )
+    for named, match in cases:
+        with pytest.raises(DataError, match=match):
+            make_plan(tiny_model("mixtral"), method="reap", experts=4, **named)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata as metadata
 import json
 import subprocess
 import sys
@@ -86,6 +87,23 @@ def test_a_taken_output_is_refused_before_work(tiny_model: TinyModel, tmp_path: 
     with pytest.raises(FileExistsError, match="expected a new or empty folder"):
         run("prune", tiny_model("mixtral"), "-o", tmp_path / "out", "--method", "random",
             "--experts", "4")  # fmt: skip
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_work(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for arguments in (
+        ["-o", tmp_path / "file" / "x"],
+        ["-o", tmp_path / "file", "--plan-only"],
+        ["-o", tmp_path, "--plan-only"],
+    ):
+        with pytest.raises(OSError, match=r"not a folder that can be written|expected a new file"):
+            run("prune", tiny_model("mixtral"), "--method", "random", "--experts", "4", *arguments)
+
+
+def test_the_version_is_the_distributions() -> None:
+    assert run("--version") == f"liveprune {metadata.version('liveprune')}\n"
 
 
 def test_bad_numbers_and_models_are_named(tmp_path: Path) -> None:

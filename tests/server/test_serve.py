@@ -46,6 +46,13 @@ def test_a_family_that_only_vllm_knows_is_served_as_it_is(tmp_path: Path) -> Non
     assert "vLLM resolves it" in serve.check_model("org/name")
 
 
+def test_what_can_only_be_a_path_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    for name in (str(tmp_path / "missing"), "./missing", str(tmp_path / "plan.json")):
+        with pytest.raises(CheckpointError, match="no such folder; expected a checkpoint folder"):
+            serve.check_model(name)
+
+
 def test_flags_pass_through_and_the_middleware_comes_on_top() -> None:
     flags = ["--port", "1", "--unknown-to-us"]
     assert serve.vllm_arguments("m", flags) == ["m", *flags, "--middleware", serve.MIDDLEWARE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,27 @@ def test_whole_checkpoints_pass(
     verify_checkpoint(tiny_model(family))
     verify_checkpoint(pruned)
     verify_checkpoint(mapped)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        ({"liveprune": {"plan": "0" * 32}}, r"liveprune\.plan is 0{32}, expected [0-9a-f]{32}"),
+        (
+            {"num_experts_per_tok": 1},
+            r"layer 0 has \(experts, top-k\) \(5, 1\), expected \(5, 2\)",
+        ),
+    ],
+)
+def test_a_config_that_contradicts_the_plan_beside_it(
+    edit: dict[str, Any], match: str, pruned: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(pruned, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["liveprune"].update(edit.pop("liveprune", {}))
+    (folder / "config.json").write_text(json.dumps({**config, **edit}))
+    refuse(folder, match)
 
 
 @pytest.mark.parametrize("name", [f"experts.5.{x}.weight" for x in ("w1", "w2", "w3")])
