@@ -59,6 +59,8 @@ def load_plan(path: Path) -> Plan:
         PlanError: not such a file, an unknown version, or content that its digest does not match.
     """
     if path.is_dir():
+        if not (path / CHECKPOINT_PLAN).exists():
+            raise PlanError(f"{path}: found no {CHECKPOINT_PLAN}; expected a pruned checkpoint")
         path = path / CHECKPOINT_PLAN
     try:
         form = json.loads(path.read_text(encoding="utf-8"))

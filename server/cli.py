@@ -198,7 +198,7 @@ def inspect(
         str | None, typer.Option(help="The base model, for plan files that do not state it.")
     ] = None,
 ) -> None:
-    """Show experts, top-k and bytes per layer of a model or a plan."""
+    """Show experts, top-k and bytes per layer of a model (by its headers) or a plan."""
     from liveprune.pruning.checkpoint.inspect import inspect as look
     from liveprune.pruning.model_spec import ModelSpec
     from liveprune.server.model_path import local_model
@@ -275,7 +275,7 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise PlanError(f"{option}: found {text!r}, expected numbers like 2 or 2,1,1") from None
+        raise PlanError(f"{option}: found {text!r}, expected numbers like 0,1,2") from None
 
 
 def _number_or_list(option: str, text: str | None) -> int | list[int] | None:

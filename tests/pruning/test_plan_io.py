@@ -206,3 +206,8 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text.partition("```json\n")[2].partition("```")[0])
     assert [(x.kept, x.top_k) for x in load_plan(path).layers] == [((0, 2, 3, 7), 2), ((1, 4), 1)]
+
+
+def test_a_folder_without_a_plan_is_no_pruned_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="expected a pruned checkpoint"):
+        load_plan(tmp_path)
