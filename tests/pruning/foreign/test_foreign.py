@@ -89,7 +89,9 @@ def test_our_own_plans_state_their_top_k(files: dict[Form, Path]) -> None:
 
 
 def test_a_folder_is_a_checkpoint_with_its_plan(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"found no liveprune/plan\.json; expected a pruned checkpoint"):
+    with pytest.raises(
+        PlanError, match=r"found no liveprune/plan\.json; expected a pruned checkpoint"
+    ):
         read_any_plan(tmp_path, SPEC)
     save_plan(PLAN, tmp_path / CHECKPOINT_PLAN)
     assert read_any_plan(tmp_path, SPEC) == PLAN
