@@ -96,12 +96,15 @@ def check_plugin() -> Finding:
     if "liveprune" not in names:
         mend = "Install Liveprune with pip: an import path alone does not register the plugin."
         return Finding("plugin", "error", f"vLLM sees the plugins {names}", mend)
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "liveprune" not in allowed.split(","):
-        return Finding("plugin", "error", f"VLLM_PLUGINS={allowed}", "Unset it or add liveprune.")
     from liveprune.patches.compat import check_seam
     from liveprune.patches.plugin import PATCHES
+    from liveprune.pruning.errors import IncompatibleEnvironmentError
+    from liveprune.server.serve import check_plugin_enabled
 
+    try:
+        check_plugin_enabled()
+    except IncompatibleEnvironmentError as error:
+        return Finding("plugin", "error", str(error), "Unset VLLM_PLUGINS or add liveprune.")
     for patch in PATCHES:
         check_seam(patch.seam)
     return Finding("plugin", "ok", f"registered; {len(PATCHES)} patched functions as expected")
