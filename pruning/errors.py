@@ -5,6 +5,9 @@ LiveprunError
 ├── PlanError           a plan is malformed, or does not fit the model
 ├── CheckpointError     files of a checkpoint are missing, damaged or contradict its config
 ├── DataError           calibration or evaluation rows are unusable
+├── VariantError        a variant is unknown, its name is taken, or it cannot be live
+├── ConflictError       the operation must wait for another, or comes at the wrong time
+├── EngineError         the running engine refused or failed an operation
 └── IncompatibleEnvironmentError   the installed software cannot run this
 
 Every message names the thing, what was found and what was expected.
@@ -31,6 +34,18 @@ class CheckpointError(LiveprunError):
 
 class DataError(LiveprunError):
     """Calibration or evaluation rows are unusable."""
+
+
+class VariantError(LiveprunError):
+    """A variant is unknown, its name is taken, or it cannot be live."""
+
+
+class ConflictError(LiveprunError):
+    """The operation must wait for another one, or comes at the wrong time."""
+
+
+class EngineError(LiveprunError):
+    """The running engine refused or failed an operation."""
 
 
 class IncompatibleEnvironmentError(LiveprunError):
