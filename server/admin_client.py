@@ -1,0 +1,122 @@
+"""The command line's side of the admin API: one call per route, errors in plain words."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from liveprune.pruning.errors import EngineError
+
+TIMEOUT = 60.0
+"""Seconds; every route answers at once, long work is an operation."""
+
+Json = dict[str, Any]
+
+
+class AdminClient:
+    """Talks to one server; use it as a context manager.
+
+    Every method returns the answer's JSON and raises EngineError if the server cannot be reached,
+    refuses the key, or answers with an error (whose message is passed on as it is).
+    """
+
+    def __init__(self, url: str, key: str, *, key_source: str = "") -> None:
+        """``key_source`` says in errors where the key was found."""
+        self._url = url.rstrip("/")
+        self._key_source = key_source
+        self._http = httpx.Client(
+            base_url=self._url,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=TIMEOUT,
+            trust_env=False,  # the key does not go to a proxy, nor a loopback address through one
+        )
+
+    def variants(self) -> list[Json]:
+        """All variants."""
+        found: list[Json] = self._call("GET", "variants")["variants"]
+        return found
+
+    def add(self, tag: str, plan: str) -> Json:
+        """Start to make a plan live; returns the operation. ``plan`` is a path on the server."""
+        return self._call("POST", "variants", {"tag": tag, "plan": plan})
+
+    def remove(self, tag: str) -> Json:
+        """Start to take a variant out of service; returns the operation."""
+        return self._call("DELETE", f"variants/{quote(tag)}")
+
+    def swap(self, tag: str, *, keep_previous: bool = False) -> Json:
+        """Start a swap; returns the operation."""
+        return self._call("POST", "swap", {"variant": tag, "keep_previous": keep_previous})
+
+    def rollback(self) -> Json:
+        """Start to return to the variant before; returns the operation."""
+        return self._call("POST", "rollback")
+
+    def cancel(self, operation_id: str) -> Json:
+        """Give up an operation; returns it."""
+        return self._call("POST", f"operations/{quote(operation_id, safe='')}/cancel")
+
+    def operation(self, operation_id: str) -> Json:
+        """One operation."""
+        return self._call("GET", f"operations/{quote(operation_id, safe='')}")
+
+    def operations(self) -> list[Json]:
+        """All operations that the server remembers."""
+        found: list[Json] = self._call("GET", "operations")["operations"]
+        return found
+
+    def status(self) -> Json:
+        """The engine's memory, its variants and what is going on."""
+        return self._call("GET", "status")
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(self, method: str, path: str, body: Json | None = None) -> Json:
+        try:
+            answer = self._http.request(method, f"/admin/v1/{path}", json=body)
+        except httpx.TimeoutException as error:
+            raise EngineError(f"{self._url}: no answer within {TIMEOUT:.0f} s") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise EngineError(
+                f"{self._url}: not reachable ({error}); expected the admin API of a running server "
+                "(--admin-url says where it is)"
+            ) from error
+        try:
+            content = answer.json()
+        except ValueError:
+            content = None
+        if answer.is_success and isinstance(content, dict):
+            return content
+        message = _message(content)
+        if message is None:
+            raise EngineError(
+                f"{self._url}: found an answer with status {answer.status_code} that is not the "
+                "admin API's; is this the admin port?"
+            )
+        if answer.status_code in (401, 403):
+            raise EngineError(
+                f"{self._url}: the key was refused: {message} (the key is from {self._key_source})"
+            )
+        raise EngineError(message)
+
+
+def _message(content: object) -> str | None:
+    """The message of an error body in OpenAI's shape."""
+    error = content.get("error") if isinstance(content, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) else None

@@ -1,0 +1,168 @@
+"""A control plane that only remembers what it was asked, and answers as a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from liveprune.pruning.errors import VariantError
+from liveprune.server.admin_api import make_app
+from liveprune.server.admin_key import key_digest
+from liveprune.server.admin_server import AdminServer, start
+from liveprune.server.audit import AuditLog
+from liveprune.server.operations import Operation, State, Status, VariantView
+
+MODEL = "tiny"
+KEY = "the-right-key"
+BEARER = {"Authorization": f"Bearer {KEY}"}
+
+
+def view(tag: str, **changes: Any) -> VariantView:
+    facts: dict[str, Any] = {
+        "name": f"{MODEL}:{tag}",
+        "tag": tag,
+        "digest": None if tag == "full" else f"digest-{tag}",
+        "state": "live",
+        "is_alias": tag == "full",
+        "is_previous": False,
+        "experts": {"min": 8, "max": 8, "total": 24},
+        "top_k": {"min": 2, "max": 2},
+        "row_bytes": 2400,
+        "in_flight": 0,
+    }
+    return VariantView(**{**facts, **changes})
+
+
+@dataclass
+class FakeControl:
+    """``steps``: states that an operation goes through, one at each look."""
+
+    known: list[VariantView] = field(default_factory=lambda: [view("full")])
+    steps: list[State] = field(default_factory=list)
+    error: Exception | None = None
+    ready: bool = True
+    golden_mismatches: int = 0
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    made: dict[str, Operation] = field(default_factory=dict)
+    before_answer: Callable[[], None] = lambda: None
+
+    async def add(self, tag: str, plan: Path, *, idempotency_key: str | None = None) -> Operation:
+        return self._call("add", tag, plan, idempotency_key)
+
+    async def remove(self, tag: str, *, idempotency_key: str | None = None) -> Operation:
+        self._must_know(tag)
+        return self._call("remove", tag, idempotency_key)
+
+    async def swap(
+        self, tag: str, *, keep_previous: bool = False, idempotency_key: str | None = None
+    ) -> Operation:
+        self._must_know(tag)
+        return self._call("swap", tag, keep_previous, idempotency_key)
+
+    async def rollback(self, *, idempotency_key: str | None = None) -> Operation:
+        return self._call("rollback", "full", idempotency_key)
+
+    async def cancel(self, operation_id: str) -> Operation:
+        self._call("cancel", operation_id)
+        self.made[operation_id].state = State.CANCELLED
+        return self.made[operation_id]
+
+    async def variants(self) -> list[VariantView]:
+        return self.known
+
+    async def status(self) -> Status:
+        if self.error is not None:
+            raise self.error
+        running = [o for o in self.made.values() if not o.state.ended]
+        return Status(
+            model=MODEL,
+            alias=f"{MODEL}:full",
+            previous=None,
+            ready=self.ready,
+            operation=running[0] if running else None,
+            expert_bytes=1000,
+            spare_bytes=200,
+            other_weight_bytes=30,
+            kv_bytes=4000,
+            kv_blocks=40,
+            kv_max_blocks=80,
+            process_bytes=9000,
+            memory_target_bytes=6000,
+            variants=tuple(self.known),
+        )
+
+    def operation(self, operation_id: str) -> Operation | None:
+        found = self.made.get(operation_id)
+        if found is not None and self.steps:
+            found.state = self.steps.pop(0)
+        if found is not None and found.state.ended and found.finished is None:
+            found.finished = found.created + 1.5
+        return found
+
+    def operations(self) -> list[Operation]:
+        return list(self.made.values())
+
+    def _must_know(self, tag: str) -> None:
+        if tag not in [variant.tag for variant in self.known]:
+            raise VariantError(f"variant {tag!r} is unknown; expected full")
+
+    def _call(self, kind: str, tag: str, *others: Any) -> Operation:
+        self.before_answer()
+        self.calls.append((kind, tag, *others))
+        if self.error is not None:
+            raise self.error
+        operation = Operation(kind, f"{MODEL}:{tag}", bytes_total=100)
+        if kind != "cancel":
+            self.made[operation.id] = operation
+        return operation
+
+
+def admin_app(control: FakeControl, folder: Path, *keys: str) -> FastAPI:
+    """The admin app with its files in ``folder``, which is also the only allowed root."""
+    digests = tuple(key_digest(key) for key in keys or (KEY,))
+    audit = AuditLog(folder / "audit.log")
+    return make_app(control, keys=lambda: digests, audit=audit, roots=[folder])
+
+
+def ask(app: FastAPI, method: str, path: str, **arguments: Any) -> httpx.Response:
+    """One request without a socket, by default with the right key; defects become status 500."""
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+            return await client.request(method, path, **{"headers": BEARER, **arguments})
+
+    return asyncio.run(send())
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The app on a free loopback port, in a thread; yields its URL."""
+    loop = asyncio.new_event_loop()
+    started: list[AdminServer] = []
+    ready = threading.Event()
+    ending = asyncio.Event()
+
+    async def run() -> None:
+        started.append(await start(app, port=0))
+        ready.set()
+        await ending.wait()
+        await started[0].stop()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield started[0].url
+    finally:
+        loop.call_soon_threadsafe(ending.set)
+        thread.join()
+        loop.close()
