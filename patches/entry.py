@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from liveprune.patches.compat import Seam
+from liveprune.patches.live_config import live_config
+from liveprune.patches.live_engine import VLLMLiveEngine
+
+BUILD_AND_SERVE = Seam(
+    "vllm.entrypoints.launchers.api_server.entry",
+    "build_and_serve",
+    ("engine_client", "listen_address", "sock", "args", "peer_loads", "uvicorn_kwargs"),
+)
+
+Stop = Callable[[], Awaitable[None]]
+OnEngine = Callable[[VLLMLiveEngine | None, list[str]], Awaitable[Stop]]
+"""Called with the engine (None where live variants are off) and the served names, before the first
+request; what it returns is called after the last one."""
+
+_on_engine: OnEngine | None = None
 
 
-def run_vllm_server(arguments: Sequence[str]) -> None:
+def run_vllm_server(arguments: Sequence[str], on_engine: OnEngine | None = None) -> None:
     """Run ``vllm serve`` with ``arguments``; returns when the server has stopped.
 
     Raises:
         SystemExit: as vLLM does, e.g. on bad flags.
     """
+    global _on_engine  # noqa: PLW0603 - one server in a process
     from vllm.entrypoints.cli.main import main
 
+    _on_engine = on_engine
     # vLLM parses sys.argv itself, and looks at it in several places.
     sys.argv = ["vllm", "serve", *arguments]
     main()
+
+
+def wrap_build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``on_engine`` in between the engine's start and the first request."""
+
+    async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
+        if _on_engine is None:
+            return await original(engine_client, *args, **kwargs)
+        names = engine_client.model_config.served_model_name
+        config = live_config(engine_client.vllm_config)
+        engine = VLLMLiveEngine(engine_client, config) if config is not None else None
+        stop = await _on_engine(engine, [names] if isinstance(names, str) else list(names))
+        try:
+            return await original(engine_client, *args, **kwargs)
+        finally:
+            await stop()
+
+    return build_and_serve

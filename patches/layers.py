@@ -15,6 +15,7 @@ import torch
 
 from liveprune.patches.compat import Seam
 from liveprune.patches.hf_config import LAYERS_ATTRIBUTE
+from liveprune.patches.live_config import live_config
 from liveprune.pruning.architectures import Architecture, architecture_of
 from liveprune.pruning.errors import IncompatibleEnvironmentError
 from liveprune.pruning.model_spec import BLOCK_KEY
@@ -129,28 +130,38 @@ def wrap_gate_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_create_router(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the router of a layer with a router map."""
+    """Make the router of a layer with a router map; let live variants route through every router."""
 
     def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
-        if _building is None or not _building.map_width:
-            return original(*args, **kwargs)
-        from liveprune.patches.router_map import RouterMapRouter
+        from vllm.config import get_current_vllm_config
 
-        # Zeros and not empty memory: a map that is never loaded must not look like one.
-        shape = (_building.experts, _building.map_width)
-        router_map = torch.nn.Parameter(
-            torch.zeros(shape, dtype=torch.float32), requires_grad=False
-        )
-        _building.router_map = router_map
-        return RouterMapRouter(
-            top_k=kwargs["top_k"],
-            global_num_experts=kwargs["global_num_experts"],
-            renormalise=kwargs["renormalize"],
-            scale=kwargs["routed_scaling_factor"],
-            router_map=router_map,
-        )
+        router = _create_router(original, *args, **kwargs)
+        if live_config(get_current_vllm_config()) is not None:
+            from liveprune.patches.live_router import install
+            from liveprune.patches.routing import RouterSpec
+
+            install(router, RouterSpec.from_arguments(kwargs))
+        return router
 
     return create_fused_moe_router
+
+
+def _create_router(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _building is None or not _building.map_width:
+        return original(*args, **kwargs)
+    from liveprune.patches.router_map import RouterMapRouter
+
+    # Zeros and not empty memory: a map that is never loaded must not look like one.
+    shape = (_building.experts, _building.map_width)
+    router_map = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
+    _building.router_map = router_map
+    return RouterMapRouter(
+        top_k=kwargs["top_k"],
+        global_num_experts=kwargs["global_num_experts"],
+        renormalise=kwargs["renormalize"],
+        scale=kwargs["routed_scaling_factor"],
+        router_map=router_map,
+    )
 
 
 @contextmanager

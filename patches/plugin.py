@@ -7,11 +7,26 @@ runs on untouched vLLM classes and code paths.
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from liveprune.patches import hf_config, layers, model_cards, weights
+from liveprune.patches import (
+    admission,
+    batch_slots,
+    cache_salt,
+    entry,
+    hf_config,
+    kv_growth,
+    kv_memory,
+    layers,
+    live_loading,
+    live_support,
+    model_cards,
+    weights,
+)
 from liveprune.patches.compat import Seam, check_seam, check_version
 
 
@@ -32,7 +47,44 @@ PATCHES: tuple[Patch, ...] = (
     Patch(layers.CREATE_ROUTER, layers.wrap_create_router, layers.CREATE_ROUTER_USERS),
     Patch(weights.GET_ALL_WEIGHTS, weights.wrap_get_all_weights),
     Patch(model_cards.SHOW_MODELS, model_cards.wrap_show_models),
+    # Live variants; each steps aside without a live config.
+    Patch(live_support.CREATE_CONFIG, live_support.wrap_create_engine_config),
+    Patch(live_loading.CREATE_WEIGHTS, live_loading.wrap_create_weights),
+    Patch(live_loading.PROCESS_WEIGHTS, live_loading.wrap_process_weights),
+    Patch(
+        live_loading.SKIP_WEIGHT,
+        live_loading.wrap_should_skip_weight,
+        live_loading.SKIP_WEIGHT_USERS,
+    ),
+    Patch(live_loading.SELECT_FORWARD, live_loading.wrap_select_forward),
+    Patch(live_loading.LOAD_MODEL, live_loading.wrap_load_model),
+    Patch(kv_growth.GET_CONFIGS, kv_growth.wrap_get_kv_cache_configs, kv_growth.CONFIG_USERS),
+    Patch(
+        kv_growth.SCHEDULER_CONFIG,
+        kv_growth.wrap_scheduler_kv_cache_config,
+        kv_growth.CONFIG_USERS,
+    ),
+    Patch(kv_growth.INITIALIZE, kv_growth.wrap_initialize_from_config),
+    Patch(kv_memory.ALLOCATE, kv_memory.wrap_allocate_kv_cache, kv_memory.ALLOCATE_USERS),
+    Patch(entry.BUILD_AND_SERVE, entry.wrap_build_and_serve),
+    Patch(batch_slots.PREPARE_INPUTS, batch_slots.wrap_prepare_inputs),
+    Patch(batch_slots.DUMMY_RUN, batch_slots.wrap_dummy_run),
+    Patch(batch_slots.V2_ADD_REQUESTS, batch_slots.wrap_v2_add_requests),
+    Patch(batch_slots.V2_PREPARE_INPUTS, batch_slots.wrap_v2_prepare_inputs),
+    Patch(batch_slots.V2_DUMMY_RUN, batch_slots.wrap_dummy_run),
+    Patch(admission.IS_MODEL_SUPPORTED, admission.wrap_is_model_supported),
+    Patch(admission.MAYBE_GET_ADAPTERS, admission.wrap_maybe_get_adapters),
+    Patch(admission.MODEL_NAME, admission.wrap_model_name),
+    Patch(admission.CREATE_RESPONSES, admission.wrap_create_responses),
+    Patch(admission.ADD_REQUEST, admission.wrap_add_request),
+    Patch(cache_salt.FROM_ENGINE_CORE_REQUEST, cache_salt.wrap_from_engine_core_request),
 )
+
+ADDITIONS: tuple[tuple[str, str, str], ...] = (
+    ("vllm.v1.engine.core", "EngineCore", "liveprune.patches.live_core"),
+    ("vllm.v1.worker.worker_base", "WorkerBase", "liveprune.patches.live_worker"),
+)
+"""Classes of vLLM that get a method ``liveprune``, and the modules that define it."""
 
 _MARK = "__liveprune_patch__"
 
@@ -50,12 +102,12 @@ def register() -> None:
         check_seam(patch.seam)
     for patch in PATCHES:
         _apply(patch)
+    for module, name, ours in ADDITIONS:
+        owner = getattr(importlib.import_module(module), name)
+        owner.liveprune = importlib.import_module(ours).liveprune
 
 
 def _apply(patch: Patch) -> None:
-    import importlib
-    import sys
-
     original = patch.seam.resolve()
     if hasattr(original, _MARK):
         return

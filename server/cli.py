@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from liveprune.pruning.errors import LiveprunError, PlanError
+from liveprune.server import cli_live
+from liveprune.server.admin_key import STATE_VARIABLE
 
 app = typer.Typer(
     help="Prune a sparse mixture-of-experts model and serve it on vLLM.",
@@ -23,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+cli_live.register(app)
 console = Console()
 
 ModelArgument = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub.")]
@@ -70,20 +73,72 @@ def options(
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
-def serve(context: typer.Context, model: ModelArgument) -> None:
+def serve(
+    context: typer.Context,
+    model: ModelArgument,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TAG=PLAN", help="A variant to be live from the start; repeatable."),
+    ] = None,
+    resident: Annotated[
+        str | None,
+        typer.Option(metavar="TAG", help="Load only this variant's experts, and serve it."),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live/--no-live", help="Live variants, and the admin API for them.")
+    ] = True,
+    memory_target: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Bound of weights and KV cache together, e.g. 40GiB."),
+    ] = None,
+    spare_rows: Annotated[
+        int | None,
+        typer.Option(min=0, help="Merged experts a layer can hold; default: its experts."),
+    ] = None,
+    max_variants: Annotated[
+        int, typer.Option(min=1, max=256, help="Live at once, beside the base model.")
+    ] = 16,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(envvar=STATE_VARIABLE, help="Variants, admin key and audit log."),
+    ] = None,
+    plan_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that plans added while serving may lie in; repeatable."),
+    ] = None,
+    admin_host: Annotated[str, typer.Option(help="Address of the admin API.")] = "127.0.0.1",
+    admin_port: Annotated[int, typer.Option(min=0, max=65535)] = 8001,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="Admin keys, one a line; default: in the state folder.")
+    ] = None,
+) -> None:
     """Serve MODEL behind vLLM's OpenAI API; every `vllm serve` flag is passed through.
 
-    The flags are those of `vllm serve --help=all`, e.g. --port, --served-model-name,
+    Further flags are those of `vllm serve --help=all`, e.g. --port, --served-model-name,
     --max-model-len, --tensor-parallel-size, --api-key.
     """
-    from liveprune.patches.entry import run_vllm_server
-    from liveprune.server.serve import check_model, check_plugin_enabled, vllm_arguments
+    from liveprune.server.admin_key import default_state_folder
+    from liveprune.server.live_options import LiveOptions, parse_bytes
+    from liveprune.server.serve import check_model, check_plugin_enabled
+    from liveprune.server.serve import serve as run
 
     check_plugin_enabled()
+    options = LiveOptions(
+        state=state_dir or default_state_folder(),
+        variants=tuple(variant or ()),
+        resident=resident,
+        memory_target=parse_bytes("--memory-target", memory_target) if memory_target else None,
+        spare_rows=spare_rows,
+        max_variants=max_variants,
+        plan_roots=tuple(plan_root or ()),
+        admin_host=admin_host,
+        admin_port=admin_port,
+        admin_key_file=admin_key_file,
+    )
     note = Console(stderr=True)
     note.print(f"liveprune: serving {check_model(model)}", highlight=False, soft_wrap=True)
     try:
-        run_vllm_server(vllm_arguments(model, context.args))
+        run(model, context.args, options if live else None)
     finally:
         note.print("liveprune: server stopped", highlight=False)
 

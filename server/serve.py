@@ -2,17 +2,84 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from liveprune.patches.entry import run_vllm_server
+from liveprune.patches.live_config import LiveConfig
 from liveprune.pruning.checkpoint.verify import verify_checkpoint
-from liveprune.pruning.errors import ArchitectureError, IncompatibleEnvironmentError
+from liveprune.pruning.errors import (
+    ArchitectureError,
+    IncompatibleEnvironmentError,
+    VariantError,
+)
 from liveprune.pruning.model_spec import BLOCK_KEY, ModelSpec
 from liveprune.pruning.plan_io import CHECKPOINT_PLAN
-from liveprune.server.model_path import check_not_a_path
+from liveprune.server.live import LiveServer
+from liveprune.server.live_options import (
+    LiveOptions,
+    make_config,
+    model_state,
+    note_variants,
+    read_variants,
+)
+from liveprune.server.model_path import check_not_a_path, local_model
+from liveprune.server.state_folder import StateFolder
 
-MIDDLEWARE = "liveprune.server.openai_errors.OpenAIErrorMiddleware"
+MIDDLEWARE = (
+    "liveprune.server.openai_errors.OpenAIErrorMiddleware",
+    "liveprune.server.variant_middleware.VariantMiddleware",
+)
+ADDITIONAL_CONFIG = "--additional-config"
+
+
+def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None:
+    """Serve until stopped; ``options``: None turns live variants off.
+
+    Raises:
+        LiveprunError: model, plans, keys or state folder are unusable.
+        SystemExit: as vLLM does, e.g. on bad flags.
+    """
+    live = None if options is None else prepare_live(model, options)
+    if live is None:
+        run_vllm_server(vllm_arguments(model, flags))
+        return
+    server, config = live
+    try:
+        run_vllm_server(vllm_arguments(model, flags, config), server.on_engine)
+    finally:
+        server.close()
+
+
+def prepare_live(model: str, options: LiveOptions) -> tuple[LiveServer, LiveConfig] | None:
+    """Everything that can be known to fail, before vLLM starts; None for an unknown family.
+
+    Raises:
+        LiveprunError: plans do not fit, keys or state folder are unusable.
+        OSError: the admin port is taken.
+    """
+    base = local_model(model)
+    try:
+        spec = ModelSpec.from_path(base)
+    except ArchitectureError:
+        if options.insists:
+            raise
+        return None
+    plans = read_variants(options.variants, spec)
+    folder = StateFolder(model_state(options.state, base), base)
+    try:
+        resident = note_variants(folder, plans, options.resident)
+        digest = folder.state.variants.get(resident) if resident is not None else None
+        plan = None if digest is None else folder.plan_path(digest)
+        config = make_config(base, spec, options, plan)
+        return LiveServer(base, folder, options, resident), config
+    except BaseException:
+        folder.close()
+        raise
 
 
 def check_model(model: str) -> str:
@@ -48,9 +115,32 @@ def summary(spec: ModelSpec) -> str:
     )
 
 
-def vllm_arguments(model: str, flags: Sequence[str]) -> list[str]:
-    """The arguments for ``vllm serve``: everything passes through; ours comes on top."""
-    return [model, *flags, "--middleware", MIDDLEWARE]
+def vllm_arguments(model: str, flags: Sequence[str], live: LiveConfig | None = None) -> list[str]:
+    """The arguments for ``vllm serve``: everything passes through; ours comes on top.
+
+    Raises:
+        VariantError: the user's own ``--additional-config`` is not a JSON object.
+    """
+    ours = [part for name in MIDDLEWARE for part in ("--middleware", name)]
+    if live is None:
+        return [model, *flags, *ours]
+    rest, config = _take_config(flags)
+    config |= live.to_additional_config()
+    return [model, *rest, *ours, ADDITIONAL_CONFIG, json.dumps(config)]
+
+
+def _take_config(flags: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Split the user's own additional config from the other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(ADDITIONAL_CONFIG, default="{}")
+    known, rest = parser.parse_known_args(list(flags))
+    try:
+        config = json.loads(known.additional_config)
+    except ValueError as error:
+        raise VariantError(f"{ADDITIONAL_CONFIG}: not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise VariantError(f"{ADDITIONAL_CONFIG}: found {config!r}, expected a JSON object")
+    return rest, config
 
 
 def check_plugin_enabled() -> None:

@@ -27,16 +27,29 @@ class ServedModel:
     """One server process on a free loopback port; use it as a context manager."""
 
     def __init__(
-        self, model: Path, *, log: Path, flags: Sequence[str] = (), name: str | None = None
+        self,
+        model: Path,
+        *,
+        log: Path,
+        flags: Sequence[str] = (),
+        name: str | None = None,
+        state: Path | None = None,
     ) -> None:
-        """Start the process; ``wait_ready`` says when it answers."""
-        self.port = free_port()
+        """Start the process; ``wait_ready`` says when it answers.
+
+        ``state``: folder that its live variants are remembered in; None: without live variants.
+        """
+        self.port, self.admin_port = free_port(), free_port()
         self.name = name or str(model)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "liveprune.server", "serve", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--served-model-name", self.name, *flags]
+        if state is None:
+            command += ["--no-live"]
+        else:
+            command += ["--state-dir", str(state), "--admin-port", str(self.admin_port)]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 command,
@@ -50,6 +63,16 @@ class ServedModel:
     def base_url(self) -> str:
         """Root of the public HTTP API."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def admin_url(self) -> str:
+        """Root of the admin API."""
+        return f"http://127.0.0.1:{self.admin_port}"
+
+    @property
+    def pid(self) -> int:
+        """Of the API server; engine and workers are its children."""
+        return self._process.pid
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
         """Wait for ``/health``.

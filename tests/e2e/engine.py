@@ -68,16 +68,33 @@ def run_jobs(
 
     ``environment`` adds to the environment, e.g. ``{"VLLM_PLUGINS": ""}`` for vLLM without plugins.
     """
-    question, answer = folder / "jobs.json", folder / "outcomes.json"
-    question.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
+    outcomes = run_script(
+        WORKER,
+        [dataclasses.asdict(job) for job in jobs],
+        folder,
+        # A cache of its own: compiled code of an earlier run must not stand in for today's.
+        own_cache=any(job.compiled for job in jobs),
+        environment=environment,
+    )
+    return {name: Outcome(**outcome) for name, outcome in outcomes.items()}
+
+
+def run_script(
+    script: Path,
+    question: Any,
+    folder: Path,
+    *,
+    own_cache: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run ``script QUESTION ANSWER`` in vLLM's environment; both are JSON files in ``folder``."""
+    asked, answer = folder / "question.json", folder / "answer.json"
+    asked.write_text(json.dumps(question))
     inherited = {key: value for key, value in os.environ.items() if key != PLUGINS}
-    cache = {}
-    if any(job.compiled for job in jobs):
-        # Of its own: compiled code of an earlier run must not stand in for today's.
-        cache["VLLM_CACHE_ROOT"] = str(folder / "cache")
+    cache = {"VLLM_CACHE_ROOT": str(folder / "cache")} if own_cache else {}
     with (folder / "log.txt").open("w") as log:
         done = subprocess.run(
-            [sys.executable, str(WORKER), str(question), str(answer)],
+            [sys.executable, str(script), str(asked), str(answer)],
             env=inherited | ENVIRONMENT | cache | dict(environment or {}),
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -85,6 +102,6 @@ def run_jobs(
         )
     if done.returncode != 0:
         tail = (folder / "log.txt").read_text(errors="replace")[-4000:]
-        raise RuntimeError(f"engine worker ended with {done.returncode}:\n{tail}")
-    outcomes: dict[str, Any] = json.loads(answer.read_text())
-    return {name: Outcome(**outcome) for name, outcome in outcomes.items()}
+        raise RuntimeError(f"{script.name} ended with {done.returncode}:\n{tail}")
+    found: dict[str, Any] = json.loads(answer.read_text())
+    return found

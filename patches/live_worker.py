@@ -1,0 +1,364 @@
+"""Live variants in a worker: routing tables, expert rows, and the one invariant between them.
+
+No live table names a row that is not resident. ``LiveWorker._check`` is the only place that says
+so, and it runs at every publication and every release. All methods but the filler's run on the
+worker's own thread, between two steps of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liveprune.patches import kv_memory
+from liveprune.patches.batch_slots import BatchSlots
+from liveprune.patches.expert_packing import Packing
+from liveprune.patches.expert_reader import ExpertReader
+from liveprune.patches.expert_rows import ExpertRows
+from liveprune.patches.live_config import LiveConfig
+from liveprune.patches.live_router import LiveRouting
+from liveprune.patches.routing_tables import LayerTables
+from liveprune.patches.row_assignment import Assignment, assign_rows
+from liveprune.patches.row_filler import FillTask, MergeJob, RowFiller
+from liveprune.pruning.errors import EngineError, LiveprunError
+from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan_guards import check_plan
+from liveprune.pruning.plan_io import load_plan
+
+RELEASE_BYTES = 1 << 30
+"""Bytes given back in one call: a few milliseconds, so that no step waits long."""
+
+
+@dataclass(frozen=True)
+class LiveLayer:
+    """One layer with experts."""
+
+    index: int
+    experts: int
+    tables: LayerTables
+    rows: ExpertRows
+
+
+@dataclass
+class Slot:
+    """A variant that is being prepared, or live."""
+
+    plan: Plan | None
+    """None: the base model."""
+    assignments: dict[int, Assignment]
+    task: FillTask
+    live: bool = False
+
+
+class LiveWorker:
+    """Everything of one worker process that live variants need."""
+
+    def __init__(self, worker: Any, config: LiveConfig) -> None:
+        """``worker``: vLLM's, its model loaded without experts. Fills what is live at start.
+
+        Raises:
+            LiveprunError: the model's layout cannot have elastic rows, or a row is damaged.
+        """
+        self._config = config
+        # The filler gives rows memory on its own threads.
+        self._lock = threading.RLock()
+        self._device = worker.device
+        self._spec = ModelSpec.from_path(Path(config.checkpoint))
+        self._runner = worker.model_runner
+        self._model = self._runner.get_model()
+        self._batch = _batch_slots(worker, config)
+        self._runner.liveprune_batch = self._batch
+        packing: dict[int, Packing] = {}
+        self._layers: dict[int, LiveLayer] = {}
+        for index, moe in _moe_layers(self._model):
+            packing[index] = Packing.of(moe.routed_experts)
+            self._layers[index] = self._layer(index, moe, packing[index])
+        parallel = worker.parallel_config
+        reader = ExpertReader(
+            Path(config.checkpoint),
+            self._spec,
+            dtype=worker.model_config.dtype,
+            tp_rank=worker.rank % parallel.tensor_parallel_size,
+            tp_size=parallel.tensor_parallel_size,
+        )
+        self._filler = RowFiller(
+            reader,
+            packing,
+            {index: layer.rows for index, layer in self._layers.items()},
+            threads=config.fill_threads,
+            protect=lambda: self._lock,
+        )
+        self._slots: dict[int, Slot] = {}
+        self._start(config)
+
+    def call(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one operation; a refusal is an answer, not an exception."""
+        try:
+            return {"value": _OPERATIONS[operation](self, **arguments)}
+        except LiveprunError as error:
+            return {"error": str(error)}
+
+    def prepare(self, slot: int, plan: str | None) -> None:
+        """Start filling the rows of a slot; see ``server.engine.LiveEngine``."""
+        if slot in self._slots:
+            raise EngineError(f"slot {slot}: in use, expected a free slot")
+        if any(other.task.running for other in self._slots.values()):
+            raise EngineError("another variant's rows are being filled; one at a time")
+        recipe = None if plan is None else load_plan(Path(plan))
+        if recipe is not None:
+            check_plan(recipe, self._spec)
+        assignments = {
+            layer.index: assign_rows(
+                recipe and recipe.layer(layer.index), layer.experts, self._free_spare(layer)
+            )
+            for layer in self._layers.values()
+        }
+        self._slots[slot] = Slot(recipe, assignments, self._fill(assignments))
+
+    def progress(self, slot: int) -> dict[str, Any]:
+        return asdict(self._slot(slot).task.progress())
+
+    def cancel(self, slot: int) -> None:
+        """Forget a slot that is not live; its rows go with the next release."""
+        found = self._slots.get(slot)
+        if found is None:
+            return
+        if found.live:
+            raise EngineError(f"slot {slot}: live; expected one that was never published")
+        found.task.cancel()
+        found.task.wait()
+        del self._slots[slot]
+
+    def publish(self, slot: int) -> None:
+        """Write the slot's tables; it is live when this returns."""
+        found = self._slot(slot)
+        progress = found.task.progress()
+        if progress.phase != "ready":
+            raise EngineError(
+                f"slot {slot}: rows are {progress.phase}, expected ready {progress.error}".rstrip()
+            )
+        for layer in self._layers.values():
+            layer.tables.write(slot, _plan_of(found, layer), found.assignments[layer.index].rows)
+        found.live = True
+        try:
+            self._check()
+        except EngineError:
+            self.unpublish(slot)
+            raise
+        self._expose()
+        self._choose_default()
+
+    def unpublish(self, slot: int) -> None:
+        """Clear the tables; the rows stay, and ``publish`` would bring the slot back."""
+        for layer in self._layers.values():
+            layer.tables.clear(slot)
+        self._slot(slot).live = False
+        self._choose_default()
+
+    def retire(self, slot: int) -> None:
+        """Make a slot free; ``live_core`` has seen that no request uses it."""
+        if not self._slot(slot).live:
+            raise EngineError(f"slot {slot}: not live, expected a live slot")
+        if sum(other.live for other in self._slots.values()) == 1:
+            raise EngineError(f"slot {slot}: the only live one; something must serve")
+        self.unpublish(slot)
+        del self._slots[slot]
+
+    def release(self) -> int:
+        """Give back up to ``RELEASE_BYTES`` of rows that no slot needs."""
+        freed = 0
+        with self._lock:
+            for layer in self._layers.values():
+                used = self._needed(layer) | self._filler.claimed(layer.index)
+                room = max(0, RELEASE_BYTES - freed) // layer.rows.row_bytes
+                idle = sorted(layer.rows.resident - used)[: room or (not freed)]
+                freed += layer.rows.release(idle)
+                self._filler.checks.forget(layer.index, [r for r in idle if r >= layer.experts])
+        self._check()
+        self._expose()
+        return freed
+
+    def memory(self) -> dict[str, Any]:
+        """Fields of ``EngineMemory``, of this rank."""
+        base = spare = everything = 0
+        for layer in self._layers.values():
+            size, resident = layer.rows.row_bytes, layer.rows.resident
+            everything += size * layer.experts
+            base += size * sum(row < layer.experts for row in resident)
+            spare += size * sum(row >= layer.experts for row in resident)
+        return {
+            "base_rows": base,
+            "spare_rows": spare,
+            "all_base_rows": everything,
+            "other_weights": self._other_weights,
+            "process": _process_bytes(self._device),
+            "slots": {
+                slot: sum(
+                    layer.rows.row_bytes * len(found.assignments[layer.index].needed)
+                    for layer in self._layers.values()
+                )
+                for slot, found in self._slots.items()
+                if found.live
+            },
+        }
+
+    def checksums(self, slot: int) -> dict[str, int]:
+        """CRC-32 of every row that a slot needs, from the bytes in memory."""
+        return {
+            f"{layer.index}/{row}": self._filler.checks.measure(layer.rows, row)
+            for layer in self._layers.values()
+            for row in sorted(self._slot(slot).assignments[layer.index].needed)
+        }
+
+    def commit_blocks(self, ids: list[int]) -> None:
+        """Give KV blocks memory, before the scheduler may use them."""
+        kv_memory.commit_blocks(self._runner, ids)
+
+    def release_blocks(self, ids: list[int]) -> int:
+        """Take the memory of KV blocks that the scheduler no longer uses."""
+        return kv_memory.release_blocks(self._runner, ids)
+
+    def _check(self) -> None:
+        """The invariant: no live table names a row that is not resident.
+
+        Raises:
+            EngineError: naming slot, layer and rows.
+        """
+        for layer in self._layers.values():
+            for slot, found in self._slots.items():
+                missing = layer.tables.needed_rows(slot) - layer.rows.resident
+                if found.live and missing:
+                    raise EngineError(
+                        f"slot {slot}, layer {layer.index}: rows {sorted(missing)} are not "
+                        f"resident, expected all that its table names"
+                    )
+
+    def _needed(self, layer: LiveLayer) -> frozenset[int]:
+        """Rows of all slots, live or being prepared."""
+        return frozenset().union(*(x.assignments[layer.index].needed for x in self._slots.values()))
+
+    def _free_spare(self, layer: LiveLayer) -> list[int]:
+        taken = self._needed(layer)
+        rows = range(layer.experts, layer.experts + self._config.spare_rows)
+        return [row for row in rows if row not in taken]
+
+    def _fill(self, assignments: dict[int, Assignment]) -> FillTask:
+        merges = [
+            MergeJob(index, assignment.merged, assignment.coefficients)
+            for index, assignment in assignments.items()
+            if assignment.coefficients is not None
+        ]
+        needed = [
+            (index, row)
+            for index, assignment in assignments.items()
+            for row in assignment.needed.difference(assignment.merged)
+        ]
+        return self._filler.start((), merges, needed)
+
+    def _slot(self, slot: int) -> Slot:
+        if slot not in self._slots:
+            raise EngineError(f"slot {slot}: free, expected a prepared or live slot")
+        return self._slots[slot]
+
+    def _expose(self) -> None:
+        for layer in self._layers.values():
+            layer.rows.expose(max(layer.rows.resident) + 1)
+
+    def _choose_default(self) -> None:
+        """Padding and dummy runs route by a live slot too: they must not meet missing rows."""
+        live = [slot for slot, found in self._slots.items() if found.live]
+        if live and self._batch.default not in live:
+            self._batch.default = min(live)
+
+    def _start(self, config: LiveConfig) -> None:
+        self._other_weights = sum(
+            x.numel() * x.element_size()
+            for name, x in self._model.named_parameters()
+            if not name.endswith(("routed_experts.w13_weight", "routed_experts.w2_weight"))
+        )
+        slot = config.resident_slot
+        self.prepare(slot, config.resident_plan)
+        self._slots[slot].task.wait()
+        self.publish(slot)
+
+    def _layer(self, index: int, moe: Any, packing: Packing) -> LiveLayer:
+        routing: LiveRouting = moe.router._compute_routing  # noqa: SLF001 - put there by layers.py
+        base = self._spec.layer(index)
+        base_map = getattr(moe.router, "router_map", None)
+        tables = LayerTables(
+            self._config.slots,
+            base.experts,
+            self._config.spare_rows,
+            base.top_k,
+            base_map=base_map,
+            device=self._device,
+        )
+        routing.attach(tables, self._batch)
+        total = base.experts + self._config.spare_rows
+        rows = ExpertRows(moe.routed_experts, packing, total, self._device)
+        return LiveLayer(index, base.experts, tables, rows)
+
+
+def liveprune(self: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Method of vLLM's worker: one operation, as ``live_core`` sends it to all ranks."""
+    worker: LiveWorker | None = getattr(self, "liveprune_worker", None)
+    if worker is None:
+        return {"error": "live variants are off in this engine"}
+    return worker.call(operation, arguments)
+
+
+def _batch_slots(worker: Any, config: LiveConfig) -> BatchSlots:
+    from vllm.config import CUDAGraphMode
+
+    graphs = worker.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+    return BatchSlots(
+        worker.model_runner.max_num_tokens,
+        worker.device,
+        static=worker.device.type == "cuda" and graphs,
+        default=config.resident_slot,
+    )
+
+
+def _moe_layers(model: Any) -> list[tuple[int, Any]]:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return [
+        (extract_layer_index(module.layer_name), module)
+        for module in model.modules()
+        if isinstance(module, MoERunner)
+    ]
+
+
+def _plan_of(slot: Slot, layer: LiveLayer) -> Any:
+    return None if slot.plan is None else slot.plan.layer(layer.index)
+
+
+def _process_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "prepare": LiveWorker.prepare,
+    "progress": LiveWorker.progress,
+    "cancel": LiveWorker.cancel,
+    "publish": LiveWorker.publish,
+    "unpublish": LiveWorker.unpublish,
+    "retire": LiveWorker.retire,
+    "release": LiveWorker.release,
+    "memory": LiveWorker.memory,
+    "checksums": LiveWorker.checksums,
+    "commit_blocks": LiveWorker.commit_blocks,
+    "release_blocks": LiveWorker.release_blocks,
+}
