@@ -1,10 +1,11 @@
-"""``/v1/models`` says what is served: experts per layer, effective top-k, plan digest."""
+"""``/v1/models`` says what is served: experts per layer, effective top-k, plan digest, variants."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from liveprune.patches.admission import installed
 from liveprune.patches.compat import Seam
 from liveprune.patches.hf_config import LAYERS_ATTRIBUTE
 from liveprune.pruning.architectures import ARCHITECTURES
@@ -18,7 +19,10 @@ SHOW_MODELS = Seam(
 
 
 def wrap_show_models(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Add one ``liveprune`` object to each card of a base model."""
+    """Add one ``liveprune`` object to each card of a base model, and a card of each live variant.
+
+    vLLM adds the adapters' cards after these.
+    """
 
     async def show_available_models(self: Any) -> Any:
         models = await original(self)
@@ -27,9 +31,26 @@ def wrap_show_models(original: Callable[..., Any]) -> Callable[..., Any]:
             for card in models.data:
                 card.liveprune = details
                 card.parent = card.parent or details["base_model"]
+        directory = installed()
+        if directory is not None:
+            models.data += [_variant_card(models.data[0], live) for live in directory.cards()]
         return models
 
     return show_available_models
+
+
+def _variant_card(base: Any, live: dict[str, Any]) -> Any:
+    """A variant is a plan over the base model's checkpoint: the same root and the same limits."""
+    from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+    return ModelCard(
+        id=live["id"],
+        parent=live["parent"],
+        root=base.root,
+        max_model_len=base.max_model_len,
+        permission=[ModelPermission()],
+        liveprune=live["liveprune"],
+    )
 
 
 def describe(config: Any) -> dict[str, Any] | None:
