@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from liveprune.patches.kv_growth import kv_pool_of
@@ -13,6 +13,8 @@ from liveprune.patches.live_types import EXTRA_ARG
 from liveprune.pruning.errors import LiveprunError
 
 Reply = dict[str, Any]
+Operation = Callable[[Any, str, dict[str, Any]], Any]
+"""Of vLLM's EngineCore, the operation's name and its arguments."""
 
 
 def liveprune(self: Any, operation: str, arguments: dict[str, Any]) -> Reply:
@@ -97,8 +99,8 @@ def _by_rank(values: Sequence[dict[str, int]]) -> dict[str, int]:
     return {f"{rank}/{key}": crc for rank, value in enumerate(values) for key, crc in value.items()}
 
 
-_OWN = {"retire": _retire, "kv": _kv, "resize_kv": _resize_kv}
-_MERGE = {
+_OWN: dict[str, Operation] = {"retire": _retire, "kv": _kv, "resize_kv": _resize_kv}
+_MERGE: dict[str, Callable[[Sequence[Any]], Any]] = {
     "progress": _least_advanced,
     "release": sum,
     "memory": _memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +90,8 @@ class VLLMLiveEngine:
     async def golden(
         self, variant: Served, prompts: Sequence[Sequence[int]], tokens: int
     ) -> list[GoldenAnswer]:
-        return [await self._answer(variant, prompt, tokens) for prompt in prompts]
+        answers = [self._answer(variant, prompt, tokens) for prompt in prompts]
+        return list(await asyncio.gather(*answers))
 
     async def _answer(self, variant: Served, prompt: Sequence[int], tokens: int) -> GoldenAnswer:
         from vllm import SamplingParams

@@ -28,7 +28,7 @@ from liveprune.patches.row_assignment import Assignment, assign_rows
 from liveprune.patches.row_filler import FillTask, MergeJob, RowFiller
 from liveprune.pruning.errors import EngineError, LiveprunError
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan import LayerPlan, Plan
 from liveprune.pruning.plan_guards import check_plan
 from liveprune.pruning.plan_io import load_plan
 
@@ -116,7 +116,7 @@ class LiveWorker:
             check_plan(recipe, self._spec)
         assignments = {
             layer.index: assign_rows(
-                recipe and recipe.layer(layer.index), layer.experts, self._free_spare(layer)
+                _layer_plan(recipe, layer), layer.experts, self._free_spare(layer)
             )
             for layer in self._layers.values()
         }
@@ -145,7 +145,9 @@ class LiveWorker:
                 f"slot {slot}: rows are {progress.phase}, expected ready {progress.error}".rstrip()
             )
         for layer in self._layers.values():
-            layer.tables.write(slot, _plan_of(found, layer), found.assignments[layer.index].rows)
+            layer.tables.write(
+                slot, _layer_plan(found.plan, layer), found.assignments[layer.index].rows
+            )
         found.live = True
         try:
             self._check()
@@ -337,8 +339,8 @@ def _moe_layers(model: Any) -> list[tuple[int, Any]]:
     ]
 
 
-def _plan_of(slot: Slot, layer: LiveLayer) -> Any:
-    return None if slot.plan is None else slot.plan.layer(layer.index)
+def _layer_plan(plan: Plan | None, layer: LiveLayer) -> LayerPlan | None:
+    return None if plan is None else plan.layer(layer.index)
 
 
 def _process_bytes(device: torch.device) -> int:
