@@ -42,15 +42,16 @@ def run_vllm_server(arguments: Sequence[str], on_engine: OnEngine | None = None)
 def wrap_build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
     """Let ``on_engine`` in between the engine's start and the first request."""
 
-    async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
+    async def build_and_serve(
+        engine_client: Any, listen_address: str, sock: Any, args: Any, *rest: Any, **kwargs: Any
+    ) -> Any:
         if _on_engine is None:
-            return await original(engine_client, *args, **kwargs)
-        names = engine_client.model_config.served_model_name
+            return await original(engine_client, listen_address, sock, args, *rest, **kwargs)
         config = live_config(engine_client.vllm_config)
         engine = VLLMLiveEngine(engine_client, config) if config is not None else None
-        stop = await _on_engine(engine, [names] if isinstance(names, str) else list(names))
+        stop = await _on_engine(engine, list(args.served_model_name or [args.model]))
         try:
-            return await original(engine_client, *args, **kwargs)
+            return await original(engine_client, listen_address, sock, args, *rest, **kwargs)
         finally:
             await stop()
 

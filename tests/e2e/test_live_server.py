@@ -69,7 +69,7 @@ def golden(base: Path) -> Golden:
     models = {"full": load(base)} | {tag: pruned_model(base, x) for tag, x in plans().items()}
     return {
         (f"tiny:{tag}", prompt): tokenizer.decode(
-            greedy(model, tokenizer(prompt).input_ids, TOKENS)
+            greedy(model, tokenizer(prompt).input_ids, TOKENS), skip_special_tokens=True
         )
         for tag, model in models.items()
         for prompt in PROMPTS

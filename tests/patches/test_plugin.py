@@ -27,7 +27,7 @@ def test_register_replaces_every_function_wherever_it_is_bound(places: Places) -
     for (owner, name), original in places.items():
         replacement = getattr(owner, name)
         assert replacement is not original
-        assert inspect.unwrap(replacement) is original
+        assert inspect.unwrap(replacement) == inspect.unwrap(original)
 
 
 def test_a_second_register_changes_nothing(places: Places) -> None:
