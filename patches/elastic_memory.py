@@ -81,6 +81,8 @@ class ElasticTensor:
     def release(self, rows: Iterable[int]) -> int:
         """Take the memory of rows; returns the bytes of the pages that no row needs any more.
 
+        On CPU pages that were never written count too, though they had none.
+
         Raises:
             EngineError: no such row.
         """
