@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 from liveprune.patches import admission
@@ -26,7 +26,12 @@ class LiveServer:
     """What ``liveprune serve`` adds to vLLM's server, from one start to one stop."""
 
     def __init__(
-        self, base: Path, folder: StateFolder, options: LiveOptions, resident: str | None
+        self,
+        base: Path,
+        folder: StateFolder,
+        options: LiveOptions,
+        resident: str | None,
+        public_keys: Collection[str] = (),
     ) -> None:
         """Take the admin port and check the keys: before a model is loaded.
 
@@ -35,6 +40,7 @@ class LiveServer:
             folder: the opened state folder; closed at the end.
             options: the command line's.
             resident: tag that the engine starts with; None: the whole model.
+            public_keys: keys of the public API; they never open the admin API.
 
         Raises:
             LiveprunError: no usable admin key.
@@ -42,7 +48,7 @@ class LiveServer:
         """
         self._base, self._folder, self._options, self._resident = base, folder, options, resident
         self._audit = AuditLog(options.state / AUDIT_FILE)
-        self._keys = server_keys(options.admin_key_file, options.state)
+        self._keys = server_keys(options.admin_key_file, options.state, public=public_keys)
         self._listener = admin_server.bind(options.admin_host, options.admin_port)
 
     async def on_engine(

@@ -44,7 +44,7 @@ def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None
         LiveprunError: model, plans, keys or state folder are unusable.
         SystemExit: as vLLM does, e.g. on bad flags.
     """
-    live = None if options is None else prepare_live(model, options)
+    live = None if options is None else prepare_live(model, flags, options)
     if live is None:
         run_vllm_server(vllm_arguments(model, flags))
         return
@@ -55,8 +55,14 @@ def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None
         server.close()
 
 
-def prepare_live(model: str, options: LiveOptions) -> tuple[LiveServer, LiveConfig] | None:
-    """Everything that can be known to fail, before vLLM starts; None for an unknown family.
+def prepare_live(
+    model: str, flags: Sequence[str], options: LiveOptions
+) -> tuple[LiveServer, LiveConfig] | None:
+    """Everything that can be known to fail, before vLLM starts.
+
+    Returns:
+        None where live variants cannot work: an unknown family, another front door than vLLM's
+        own HTTP server.
 
     Raises:
         LiveprunError: plans do not fit, keys or state folder are unusable.
@@ -69,6 +75,11 @@ def prepare_live(model: str, options: LiveOptions) -> tuple[LiveServer, LiveConf
         if options.insists:
             raise
         return None
+    door = _other_door(flags)
+    if door is not None:
+        if options.insists:
+            raise IncompatibleEnvironmentError(f"live variants cannot work with {door}")
+        return None
     plans = read_variants(options.variants, spec)
     folder = StateFolder(model_state(options.state, base), base)
     try:
@@ -76,7 +87,7 @@ def prepare_live(model: str, options: LiveOptions) -> tuple[LiveServer, LiveConf
         digest = folder.state.variants.get(resident) if resident is not None else None
         plan = None if digest is None else folder.plan_path(digest)
         config = make_config(base, spec, options, plan)
-        return LiveServer(base, folder, options, resident), config
+        return LiveServer(base, folder, options, resident, _public_keys(flags)), config
     except BaseException:
         folder.close()
         raise
@@ -127,6 +138,22 @@ def vllm_arguments(model: str, flags: Sequence[str], live: LiveConfig | None = N
     rest, config = _take_config(flags)
     config |= live.to_additional_config()
     return [model, *rest, *ours, ADDITIONAL_CONFIG, json.dumps(config)]
+
+
+def _other_door(flags: Sequence[str]) -> str | None:
+    """What would let requests in past the middleware that chooses their variants."""
+    if "--grpc" in flags:
+        return "--grpc"
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        return "VLLM_USE_RUST_FRONTEND"
+    return None
+
+
+def _public_keys(flags: Sequence[str]) -> list[str]:
+    """Keys of the public API, which must not open the admin API as well."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--api-key", nargs="*", action="extend", default=[])
+    return list(parser.parse_known_args(list(flags))[0].api_key)
 
 
 def _take_config(flags: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

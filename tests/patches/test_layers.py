@@ -24,6 +24,7 @@ def engine(table: Any, **parallel: Any) -> SimpleNamespace:
     sizes = {"tensor_parallel_size": 1, "data_parallel_size": 1}
     switches = {"enable_eplb": False, "enable_expert_parallel": False}
     return SimpleNamespace(
+        additional_config={},
         model_config=SimpleNamespace(hf_text_config=config),
         parallel_config=SimpleNamespace(**{**sizes, **switches, **parallel}),
         speculative_config=None,

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from liveprune.pruning.errors import CheckpointError, IncompatibleEnvironmentError
+from liveprune.patches.live_config import LiveConfig
+from liveprune.pruning.errors import CheckpointError, IncompatibleEnvironmentError, VariantError
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.server import serve
+from liveprune.server.live_options import LiveOptions
 
 
 def test_a_model_is_summed_up_in_one_line(tiny_model: Callable[..., Path]) -> None:
@@ -55,7 +57,36 @@ def test_what_can_only_be_a_path_is_not_looked_up_on_the_hub(tmp_path: Path) -> 
 
 def test_flags_pass_through_and_the_middleware_comes_on_top() -> None:
     flags = ["--port", "1", "--unknown-to-us"]
-    assert serve.vllm_arguments("m", flags) == ["m", *flags, "--middleware", serve.MIDDLEWARE]
+    found = serve.vllm_arguments("m", flags)
+    assert found[:4] == ["m", *flags]
+    assert found[4::2] == ["--middleware", "--middleware"]
+    assert tuple(found[5::2]) == serve.MIDDLEWARE
+    assert serve.MIDDLEWARE[-1].endswith("VariantMiddleware"), "the last is the outermost"
+
+
+def test_the_live_config_joins_the_users_own_additional_config() -> None:
+    config = LiveConfig("base", 17, 8, 100)
+    found = serve.vllm_arguments("m", ["--additional-config", '{"mine": 1}', "--port", "1"], config)
+    assert found.count("--additional-config") == 1
+    carried = json.loads(found[found.index("--additional-config") + 1])
+    assert carried == {"mine": 1, **config.to_additional_config()}
+    assert found[:3] == ["m", "--port", "1"]
+    with pytest.raises(VariantError, match=r"--additional-config: found \[1\], expected a JSON"):
+        serve.vllm_arguments("m", ["--additional-config=[1]"], config)
+
+
+def test_doors_past_the_middleware_turn_live_variants_off(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(tiny_model("mixtral"))
+    options = LiveOptions(state=tmp_path)
+    assert serve.prepare_live(base, ["--grpc"], options) is None
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert serve.prepare_live(base, [], options) is None
+    insisting = LiveOptions(state=tmp_path, resident="full")
+    with pytest.raises(IncompatibleEnvironmentError, match="VLLM_USE_RUST_FRONTEND"):
+        serve.prepare_live(base, [], insisting)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_a_plugin_that_is_switched_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
