@@ -9,6 +9,7 @@ from typing import Any
 from liveprune.patches.compat import Seam
 from liveprune.patches.live_config import live_config
 from liveprune.patches.live_engine import VLLMLiveEngine
+from liveprune.pruning.errors import EngineError
 
 BUILD_AND_SERVE = Seam(
     "vllm.entrypoints.launchers.api_server.entry",
@@ -22,12 +23,15 @@ OnEngine = Callable[[VLLMLiveEngine | None, list[str]], Awaitable[Stop]]
 request; what it returns is called after the last one."""
 
 _on_engine: OnEngine | None = None
+_engine_died = False
+"""The server ended because its engine did: vLLM itself ends with status 0 then."""
 
 
 def run_vllm_server(arguments: Sequence[str], on_engine: OnEngine | None = None) -> None:
     """Run ``vllm serve`` with ``arguments``; returns when the server has stopped.
 
     Raises:
+        EngineError: the engine died, and the server with it.
         SystemExit: as vLLM does, e.g. on bad flags.
     """
     global _on_engine  # noqa: PLW0603 - one server in a process
@@ -37,6 +41,8 @@ def run_vllm_server(arguments: Sequence[str], on_engine: OnEngine | None = None)
     # vLLM parses sys.argv itself, and looks at it in several places.
     sys.argv = ["vllm", "serve", *arguments]
     main()
+    if _engine_died:
+        raise EngineError("the engine died (its log is above); start the server again")
 
 
 def wrap_build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,14 +51,17 @@ def wrap_build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
     async def build_and_serve(
         engine_client: Any, listen_address: str, sock: Any, args: Any, *rest: Any, **kwargs: Any
     ) -> Any:
-        if _on_engine is None:
-            return await original(engine_client, listen_address, sock, args, *rest, **kwargs)
-        config = live_config(engine_client.vllm_config)
-        engine = VLLMLiveEngine(engine_client, config) if config is not None else None
-        stop = await _on_engine(engine, list(args.served_model_name or [args.model]))
+        global _engine_died  # noqa: PLW0603 - as above
+        stop = None
+        if _on_engine is not None:
+            config = live_config(engine_client.vllm_config)
+            engine = VLLMLiveEngine(engine_client, config) if config is not None else None
+            stop = await _on_engine(engine, list(args.served_model_name or [args.model]))
         try:
             return await original(engine_client, listen_address, sock, args, *rest, **kwargs)
         finally:
-            await stop()
+            _engine_died = bool(engine_client.errored)
+            if stop is not None:
+                await stop()
 
     return build_and_serve

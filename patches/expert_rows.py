@@ -31,6 +31,8 @@ class ExpertRows:
             elastic_tensor((rows, *shape2), dtype, device),
         )
         self._resident: frozenset[int] = frozenset()
+        # Kernels on CUDA skip ids from this number on; the spare rows are experts, too.
+        layer.global_num_experts = rows
         self.expose(rows)
 
     @property
@@ -65,7 +67,12 @@ class ExpertRows:
         return sum(tensor.release(rows) for tensor in self._tensors)
 
     def expose(self, rows: int) -> None:
-        """Show vLLM the first ``rows`` rows: its CPU kernel takes time for each it could meet."""
+        """Show vLLM the first ``rows`` rows: its CPU kernel takes time for each it could meet.
+
+        On CUDA all rows are shown from the start, since captured graphs know their number.
+        """
+        if self.w13.device.type != "cpu":
+            rows = len(self.w13)
         from vllm.model_executor.utils import replace_parameter
 
         for name, tensor in zip(("w13_weight", "w2_weight"), self._tensors, strict=True):
