@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from liveprune.patches.compat import Seam
-from liveprune.patches.live_config import live_config
+from liveprune.patches.live_config import live_config, why_off
 from liveprune.patches.live_engine import VLLMLiveEngine
 from liveprune.pruning.errors import EngineError
 
@@ -18,26 +19,41 @@ BUILD_AND_SERVE = Seam(
 )
 
 Stop = Callable[[], Awaitable[None]]
-OnEngine = Callable[[VLLMLiveEngine | None, list[str]], Awaitable[Stop]]
-"""Called with the engine (None where live variants are off) and the served names, before the first
-request; what it returns is called after the last one."""
 
-_on_engine: OnEngine | None = None
+
+@dataclass(frozen=True)
+class Front:
+    """vLLM's server just before its first request."""
+
+    engine: VLLMLiveEngine | None
+    """None where live variants are off."""
+    reason: str
+    """Why they are off; empty if they were not asked for."""
+    names: list[str]
+    """Served model names."""
+    address: str
+    """Where it listens, e.g. ``http://0.0.0.0:8000``."""
+
+
+OnFront = Callable[[Front], Awaitable[Stop]]
+"""Called before the first request; what it returns is called after the last one."""
+
+_on_front: OnFront | None = None
 _engine_died = False
 """The server ended because its engine did: vLLM itself ends with status 0 then."""
 
 
-def run_vllm_server(arguments: Sequence[str], on_engine: OnEngine | None = None) -> None:
+def run_vllm_server(arguments: Sequence[str], on_front: OnFront | None = None) -> None:
     """Run ``vllm serve`` with ``arguments``; returns when the server has stopped.
 
     Raises:
         EngineError: the engine died, and the server with it.
         SystemExit: as vLLM does, e.g. on bad flags.
     """
-    global _on_engine  # noqa: PLW0603 - one server in a process
+    global _on_front  # noqa: PLW0603 - one server in a process
     from vllm.entrypoints.cli.main import main
 
-    _on_engine = on_engine
+    _on_front = on_front
     # vLLM parses sys.argv itself, and looks at it in several places.
     sys.argv = ["vllm", "serve", *arguments]
     main()
@@ -46,17 +62,15 @@ def run_vllm_server(arguments: Sequence[str], on_engine: OnEngine | None = None)
 
 
 def wrap_build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``on_engine`` in between the engine's start and the first request."""
+    """Let ``on_front`` in between the engine's start and the first request."""
 
     async def build_and_serve(
         engine_client: Any, listen_address: str, sock: Any, args: Any, *rest: Any, **kwargs: Any
     ) -> Any:
         global _engine_died  # noqa: PLW0603 - as above
         stop = None
-        if _on_engine is not None:
-            config = live_config(engine_client.vllm_config)
-            engine = VLLMLiveEngine(engine_client, config) if config is not None else None
-            stop = await _on_engine(engine, list(args.served_model_name or [args.model]))
+        if _on_front is not None:
+            stop = await _on_front(_front(engine_client, listen_address, args))
         try:
             return await original(engine_client, listen_address, sock, args, *rest, **kwargs)
         finally:
@@ -65,3 +79,14 @@ def wrap_build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
                 await stop()
 
     return build_and_serve
+
+
+def _front(engine_client: Any, listen_address: str, args: Any) -> Front:
+    vllm_config = engine_client.vllm_config
+    config = live_config(vllm_config)
+    return Front(
+        engine=VLLMLiveEngine(engine_client, config) if config is not None else None,
+        reason=why_off(vllm_config),
+        names=list(args.served_model_name or [args.model]),
+        address=listen_address,
+    )

@@ -130,7 +130,7 @@ def wrap_gate_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_create_router(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the router of a layer with a router map; let live variants route through every router."""
+    """Make the router of a layer with a router map, and put live variants before every router."""
 
     def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
         from vllm.config import get_current_vllm_config

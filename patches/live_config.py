@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 CONFIG_KEY = "liveprune"
+OFF_KEY = "liveprune_off"
+"""Beside it, where live variants were turned off: why."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,8 @@ def live_config(vllm_config: Any) -> LiveConfig | None:
     additional = vllm_config.additional_config
     fields = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
     return LiveConfig(**fields) if fields is not None else None
+
+
+def why_off(vllm_config: Any) -> str:
+    """What turned live variants off; empty if nothing did."""
+    return str(vllm_config.additional_config.get(OFF_KEY, ""))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from liveprune.patches.compat import Seam
-from liveprune.patches.live_config import CONFIG_KEY, live_config
+from liveprune.patches.live_config import CONFIG_KEY, OFF_KEY, live_config
 from liveprune.pruning.architectures import ARCHITECTURES
 from liveprune.pruning.errors import IncompatibleEnvironmentError
 
@@ -39,6 +39,7 @@ def wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., Any
             raise IncompatibleEnvironmentError(f"live variants cannot work with {reason}")
         logger.warning("live variants are off: they cannot work with %s", reason)
         del vllm_config.additional_config[CONFIG_KEY]
+        vllm_config.additional_config[OFF_KEY] = reason
         return vllm_config
 
     return create_engine_config

@@ -1,4 +1,4 @@
-"""The rows of a layer's expert tensor that a plan uses: base experts' own, spare ones for merges."""
+"""The expert rows that a plan uses: base experts' own rows, and spare rows for merged experts."""
 
 from __future__ import annotations
 

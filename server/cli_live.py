@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from liveprune.pruning.errors import EngineError
 from liveprune.server.admin_key import KEY_VARIABLE, client_key, default_state_folder
 from liveprune.server.operations import State
 
@@ -230,7 +231,12 @@ def _wait(client: AdminClient, operation: dict[str, Any]) -> dict[str, Any]:
                 total=size["bytes_total"] or None,
             )
             time.sleep(POLL_SECONDS)
-            operation = client.operation(operation["id"])
+            try:
+                operation = client.operation(operation["id"])
+            except EngineError:
+                # In rebuild mode the server restarts while it switches, the admin API with it.
+                if operation["state"] != State.SWITCHING:
+                    raise
     return operation
 
 

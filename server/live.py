@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from liveprune.patches import admission
+from liveprune.patches.entry import Front
 from liveprune.patches.live_engine import VLLMLiveEngine
-from liveprune.server import admin_server, live_metrics
+from liveprune.server import admin_server, live_metrics, public_health
 from liveprune.server.admin_api import make_app
 from liveprune.server.admin_key import server_keys
 from liveprune.server.allowed_paths import default_roots
@@ -17,6 +20,9 @@ from liveprune.server.audit import AUDIT_FILE, AuditLog
 from liveprune.server.control import Control
 from liveprune.server.golden import Canaries, canary_prompts, engine_key
 from liveprune.server.live_options import LiveOptions
+from liveprune.server.rebuild import RebuildControl
+from liveprune.server.rebuild_restart import restarting
+from liveprune.server.rebuild_state import RebuildFolder
 from liveprune.server.state_folder import StateFolder
 
 logger = logging.getLogger("liveprune")
@@ -47,22 +53,23 @@ class LiveServer:
             OSError: the port is taken, or the state folder cannot be written to.
         """
         self._base, self._folder, self._options, self._resident = base, folder, options, resident
+        self._rebuild = RebuildFolder(folder.path, base)
         self._audit = AuditLog(options.state / AUDIT_FILE)
         self._keys = server_keys(options.admin_key_file, options.state, public=public_keys)
         self._listener = admin_server.bind(options.admin_host, options.admin_port)
 
-    async def on_engine(
-        self, engine: VLLMLiveEngine | None, names: list[str]
-    ) -> Callable[[], Awaitable[None]]:
+    async def on_front(self, front: Front) -> Callable[[], Awaitable[None]]:
         """Start everything; returns what stops it."""
-        if engine is None:
-            self.close()
-            return _nothing
         async with contextlib.AsyncExitStack() as stack:
-            control = self._control(engine, names)
+            control: Control | RebuildControl
+            if front.engine is None:
+                control = self._rebuild_control(front)
+                await control.start()
+            else:
+                control = self._control(front.engine, front.names)
+                for problem in await control.start(self._resident):
+                    logger.warning("not restored: %s", problem)
             stack.push_async_callback(control.stop)
-            for problem in await control.start(self._resident):
-                logger.warning("not restored: %s", problem)
             metrics = live_metrics.LiveMetrics(control)
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(
@@ -74,15 +81,30 @@ class LiveServer:
             )
             running = await admin_server.start(app, listener=self._listener)
             stack.push_async_callback(running.stop)
+            # None in rebuild mode: requests have no choice there.
             admission.install(control.directory)
             stack.callback(admission.install, None)
             return stack.pop_all().aclose
         raise AssertionError("unreachable")
 
+    def restarting(self) -> AbstractContextManager[Path]:
+        """Wraps the server's run; gives the checkpoint to serve, the base but in rebuild mode."""
+        return restarting(self._rebuild)
+
     def close(self) -> None:
         """Give back what was taken, where the engine never came up."""
         self._listener.close()
         self._folder.close()
+
+    def _rebuild_control(self, front: Front) -> RebuildControl:
+        reason = front.reason or f"the rebuilt checkpoint {self._rebuild.state.serving!r}"
+        logger.warning("variants need a restart here (rebuild mode): %s", reason)
+        return RebuildControl(
+            self._rebuild,
+            front.names[0],
+            reason=reason,
+            answers=partial(public_health.answers, front.address),
+        )
 
     def _control(self, engine: VLLMLiveEngine, names: list[str]) -> Control:
         key = engine_key(engine.dtype, engine.ranks, engine.vllm_version)
@@ -95,7 +117,3 @@ class LiveServer:
             Canaries(canary_prompts(engine.vocabulary), key),
             memory_target=self._options.memory_target,
         )
-
-
-async def _nothing() -> None:
-    return None

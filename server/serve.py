@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from liveprune.patches.entry import run_vllm_server
+from liveprune.patches.entry import Front, run_vllm_server
 from liveprune.patches.live_config import LiveConfig
 from liveprune.pruning.checkpoint.verify import verify_checkpoint
 from liveprune.pruning.errors import (
@@ -28,6 +29,7 @@ from liveprune.server.live_options import (
     read_variants,
 )
 from liveprune.server.model_path import check_not_a_path, local_model
+from liveprune.server.rebuild_thread import beside
 from liveprune.server.state_folder import StateFolder
 
 MIDDLEWARE = (
@@ -35,6 +37,7 @@ MIDDLEWARE = (
     "liveprune.server.variant_middleware.VariantMiddleware",
 )
 ADDITIONAL_CONFIG = "--additional-config"
+_NAME = "--served-model-name"
 
 
 def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None:
@@ -49,10 +52,37 @@ def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None
         run_vllm_server(vllm_arguments(model, flags))
         return
     server, config = live
+    base = Path(config.checkpoint)
     try:
-        run_vllm_server(vllm_arguments(model, flags, config), server.on_engine)
+        with server.restarting() as checkpoint:
+            if checkpoint == base:
+                arguments = vllm_arguments(model, flags, config)
+            else:  # rebuild mode: another checkpoint under the same name
+                named = () if _NAME in flags else (_NAME, model)
+                arguments = vllm_arguments(str(checkpoint), [*flags, *named])
+            with _beside_several(server, model, flags):
+                run_vllm_server(arguments, server.on_front)
     finally:
         server.close()
+
+
+def _beside_several(
+    server: LiveServer, model: str, flags: Sequence[str]
+) -> AbstractContextManager[None]:
+    """Several API servers are processes of their own: the admin API then runs beside them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--api-server-count", "--data-parallel-size"):
+        parser.add_argument(name, type=int, default=1)
+    parser.add_argument(_NAME, nargs="*")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    known, _ = parser.parse_known_args(list(flags))
+    if known.api_server_count <= 1 and known.data_parallel_size <= 1:
+        return nullcontext()
+    names = known.served_model_name or [model]
+    address = f"http://{known.host}:{known.port}"
+    front = Front(None, "several API servers or engines", names, address)
+    return beside(lambda: server.on_front(front))
 
 
 def prepare_live(
