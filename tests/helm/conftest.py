@@ -60,6 +60,7 @@ def values_files() -> dict[str, Path]:
         "cpu": CHART / "values-cpu.yaml",
         "gpu": CHART / "values-gpu.yaml",
         "everything": Path(__file__).parent / "everything.yaml",
+        "replicas": Path(__file__).parent / "replicas.yaml",
     }
 
 

@@ -5,58 +5,33 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from kubernetes_validate import validate
 from kubernetes_validate.utils import all_versions
 
-Manifest = dict[str, Any]
-Render = Callable[..., list[Manifest]]
-Helm = Callable[..., subprocess.CompletedProcess[str]]
+from tests.helm.manifests import (
+    API_KEY,
+    CHART,
+    VALUES,
+    Helm,
+    Render,
+    claims,
+    env,
+    one,
+    pod,
+    server,
+    volumes,
+)
 
-CHART = Path(__file__).parent.parent.parent / "helm" / "liveprune"
-VALUES = ["cpu", "gpu", "everything"]
 OLDEST, NEWEST = (all_versions()[i] for i in (0, -1))
 SELECTOR = {
     "app.kubernetes.io/name": "liveprune",
     "app.kubernetes.io/instance": "trial",
     "app.kubernetes.io/component": "server",
 }
-API_KEY = "correct-horse-battery"
-
-
-def one(manifests: list[Manifest], kind: str) -> Manifest:
-    (found,) = (manifest for manifest in manifests if manifest["kind"] == kind)
-    return found
-
-
-def pod(manifests: list[Manifest]) -> Manifest:
-    template: Manifest = one(manifests, "Deployment")["spec"]["template"]
-    return template
-
-
-def server(manifests: list[Manifest]) -> Manifest:
-    (container,) = pod(manifests)["spec"]["containers"]
-    assert isinstance(container, dict)
-    return container
-
-
-def env(manifests: list[Manifest]) -> dict[str, Any]:
-    return {item["name"]: item.get("value") for item in server(manifests)["env"]}
-
-
-def volumes(manifests: list[Manifest]) -> dict[str, Any]:
-    """Return the volumes of the server pod by the path where they are mounted."""
-    by_name = {volume["name"]: volume for volume in pod(manifests)["spec"]["volumes"]}
-    return {
-        mount["mountPath"]: {k: v for k, v in by_name[mount["name"]].items() if k != "name"}
-        for mount in server(manifests)["volumeMounts"]
-    }
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -80,6 +55,7 @@ def test_oldest_kubernetes_of_the_chart_is_validated() -> None:
 
 def test_kinds(render: Render) -> None:
     usual = ["Deployment", "PersistentVolumeClaim", "Pod", "Service", "ServiceAccount"]
+    usual.insert(1, "PersistentVolumeClaim")
     optional = ["NetworkPolicy", "PodDisruptionBudget", "Secret", "ServiceMonitor"]
     assert sorted(manifest["kind"] for manifest in render("cpu")) == usual
     assert sorted(m["kind"] for m in render("everything")) == sorted(usual + optional)
@@ -173,10 +149,19 @@ def test_command(render: Render) -> None:
         "--port=8000",
         "--shutdown-timeout=600",
         "--served-model-name=mixtral",
+        "--admin-host=0.0.0.0",
+        "--admin-port=8001",
+        "--variant=4.x=/data/plans/4 x",
+        "--variant=e4k1=/plans/e4k1.json",
+        "--resident=e4k1",
+        "--memory-target=40.5GiB",
+        "--spare-rows=0",
+        "--max-variants=4",
+        "--plan-root=/plans",
+        "--plan-root=/data/plans",
         "--max-model-len=4096",
         "--enforce-eager",
     ]
-    assert [port["containerPort"] for port in container["ports"]] == [8000]
 
 
 def test_probes(render: Render) -> None:
@@ -221,11 +206,13 @@ def test_strategy(render: Render) -> None:
 def test_writable_volumes(render: Render) -> None:
     assert volumes(render("cpu")) == {
         "/data": {"persistentVolumeClaim": {"claimName": "trial-liveprune"}},
+        "/state": {"persistentVolumeClaim": {"claimName": "trial-liveprune-state"}},
         "/dev/shm": {"emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         "/tmp": {"emptyDir": {}},
     }
     every = volumes(render("everything"))
     assert every["/tmp"] == {"emptyDir": {"sizeLimit": "20Gi"}}
+    assert every["/plans"] == {"configMap": {"name": "plans"}}
     assert every["/models"] == {"hostPath": {"path": "/srv/models", "type": "Directory"}}
 
 
@@ -238,7 +225,7 @@ def test_caches_are_on_the_claim(render: Render, values: str) -> None:
 
 
 def test_claim(render: Render) -> None:
-    claim = one(render("everything"), "PersistentVolumeClaim")
+    claim = claims(render("everything"))["trial-liveprune"]
     assert claim["spec"] == {
         "accessModes": ["ReadWriteMany"],
         "storageClassName": "fast",
@@ -248,20 +235,20 @@ def test_claim(render: Render) -> None:
         "team": "serving",
         "helm.sh/resource-policy": "keep",
     }
-    deleted = one(render("cpu", "persistence.retain=false"), "PersistentVolumeClaim")
+    deleted = claims(render("cpu", "persistence.retain=false"))["trial-liveprune"]
     assert "annotations" not in deleted["metadata"]
 
 
 def test_existing_claim(render: Render) -> None:
     manifests = render("cpu", "persistence.existingClaim=models")
     assert volumes(manifests)["/data"] == {"persistentVolumeClaim": {"claimName": "models"}}
-    assert "PersistentVolumeClaim" not in {manifest["kind"] for manifest in manifests}
+    assert claims(manifests).keys() == {"trial-liveprune-state"}
 
 
 def test_no_persistence(render: Render) -> None:
     manifests = render("cpu", "persistence.enabled=false")
     assert volumes(manifests)["/data"] == {"emptyDir": {}}
-    assert "PersistentVolumeClaim" not in {manifest["kind"] for manifest in manifests}
+    assert claims(manifests).keys() == {"trial-liveprune-state"}
 
 
 def test_service_account_of_the_cluster(render: Render) -> None:
@@ -331,7 +318,7 @@ def test_image(render: Render) -> None:
 def test_network_policy(render: Render) -> None:
     policy = one(render("everything"), "NetworkPolicy")["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
-    (rule,) = policy["ingress"]
+    rule, _ = policy["ingress"]
     assert rule["ports"] == [{"port": "http", "protocol": "TCP"}]
     named, test = rule["from"]
     assert named == {"namespaceSelector": {"matchLabels": {"team": "serving"}}}
@@ -342,7 +329,8 @@ def test_network_policy(render: Render) -> None:
 def test_network_policy_by_default_admits_the_namespace(render: Render) -> None:
     policy = one(render("cpu", "networkPolicy.enabled=true"), "NetworkPolicy")["spec"]
     assert policy["policyTypes"] == ["Ingress"]
-    assert policy["ingress"][0]["from"] == [{"podSelector": {}}]
+    (rule,) = policy["ingress"]
+    assert rule == {"ports": [{"port": "http", "protocol": "TCP"}], "from": [{"podSelector": {}}]}
 
 
 def test_helm_test_hook(render: Render) -> None:
@@ -359,24 +347,3 @@ def test_helm_test_hook(render: Render) -> None:
 def test_names_stay_within_63_characters(render: Render) -> None:
     for manifest in render("everything", f"fullnameOverride={'n' * 100}"):
         assert len(manifest["metadata"]["name"]) <= 63
-
-
-@pytest.mark.parametrize("values", VALUES)
-def test_notes_name_the_commands(
-    helm: Helm, render: Render, values_files: dict[str, Path], values: str
-) -> None:
-    arguments = ["--namespace", "llm", "--values", str(values_files[values])]
-    result = helm("install", "trial", str(CHART), "--dry-run=client", *arguments)
-    assert result.returncode == 0, result.stderr
-    notes = result.stdout.partition("NOTES:")[2]
-    port = one(render(values), "Service")["spec"]["ports"][0]["port"]
-    assert "helm test trial --namespace llm" in notes
-    assert "rollout status deployment/trial-liveprune" in notes
-    assert f"port-forward service/trial-liveprune 8000:{port}" in notes
-    served = server(render(values))["args"][1] if values != "everything" else "mixtral"
-    assert f'"model":"{served}"' in notes
-    assert ("WARNING: everyone" in notes) == (values != "everything")
-    assert API_KEY not in notes
-    if values == "everything":
-        assert "get secret trial-liveprune-api-key" in notes
-        assert """go-template='{{index .data "the.key" | base64decode}}'""" in notes

@@ -43,6 +43,54 @@ REFUSED: list[tuple[list[str], list[str]]] = [
         ["persistence.enabled=false", "persistence.existingClaim=c"],
         ["persistence.enabled is false"],
     ),
+    (["replicas=2"], ["replicas is 2", "live.enabled is true", "live.enabled false"]),
+    (["live.enabled=false", "live.variants.e4k1=/p"], ["live.variants is set", "false"]),
+    (["live.enabled=false", "live.resident=e4k1"], ["live.resident is set", "false"]),
+    (["live.variants.full=/p"], ["live.variants", '"full"', "base model"]),
+    (["live.variants.a:b=/p"], ["/live/variants", "a:b", "not allowed"]),
+    (["live.variants.a=plans/a.json"], ["/live/variants/a", "plans/a.json"]),
+    (["live.resident=a:b"], ["/live/resident"]),
+    (["live.memoryTarget=40 gigabytes"], ["/live/memoryTarget"]),
+    (["live.spareRows=-1"], ["/live/spareRows", "minimum"]),
+    (["live.spareRows=few"], ["/live/spareRows"]),
+    (["live.maxVariants=257"], ["/live/maxVariants", "maximum"]),
+    (["live.planRoots={/}"], ["/live/planRoots/0"]),
+    (["live.stateDir=/x"], ["/live", "stateDir", "not allowed"]),
+    (["state.enabled=false"], ["/state", "enabled", "not allowed"]),
+    (["state.persistence.size=1GB"], ["/state/persistence/size"]),
+    (
+        ["state.persistence.enabled=false", "state.persistence.existingClaim=c"],
+        ["state.persistence.existingClaim is", "state.persistence.enabled is false"],
+    ),
+    (["strategy.type=RollingUpdate"], ["maxSurge is 25%", "expected 0", "Recreate"]),
+    (
+        ["strategy.type=RollingUpdate", "strategy.rollingUpdate.maxSurge=1"],
+        ["maxSurge is 1:", "expected 0"],
+    ),
+    (
+        ["podSecurityContext.fsGroupChangePolicy=Always"],
+        ["fsGroupChangePolicy is", "Always", "OnRootMismatch", "admin.existingSecret"],
+    ),
+    (["podSecurityContext.fsGroupChangePolicy=null"], ["fsGroupChangePolicy is", "Always"]),
+    (["admin.host=10.0.0.1"], ["/admin/host", "127.0.0.1"]),
+    (["admin.port=9"], ["/admin", "port", "not allowed"]),
+    (["admin.host=0.0.0.0"], ["admin.host is", "networkPolicy.enabled"]),
+    (
+        ["admin.host=0.0.0.0", "networkPolicy.enabled=true", "live.enabled=false"],
+        ["admin.host is", "live.enabled"],
+    ),
+    (
+        ["networkPolicy.enabled=true", "networkPolicy.adminFrom[0].podSelector.matchLabels.a=b"],
+        ["networkPolicy.adminFrom is set", "admin.host is"],
+    ),
+    (
+        ["admin.existingSecret=s", "apiKey.existingSecret=s", "admin.key=k", "apiKey.key=k"],
+        ["admin.existingSecret and apiKey.existingSecret", "another key"],
+    ),
+    (["extraArgs={--no-live}"], ["--no-live", "live.enabled"]),
+    (["extraArgs={--state-dir=/x}"], ["--state-dir", "state.persistence"]),
+    (["extraEnv[0].name=LIVEPRUNE_ADMIN_KEY"], ["LIVEPRUNE_ADMIN_KEY", "admin.existingSecret"]),
+    (["extraEnv[0].name=LIVEPRUNE_STATE_DIR"], ["LIVEPRUNE_STATE_DIR is set by the chart"]),
     (["podAnnotations.a=1"], ["/podAnnotations/a", "string"]),
     (["shutdown.exitSeconds=0"], ["/shutdown/exitSeconds", "minimum"]),
     (["podDisruptionBudget.maxUnavailable=half"], ["/podDisruptionBudget/maxUnavailable"]),
@@ -78,7 +126,7 @@ def properties(schema: dict[str, Any], definitions: dict[str, Any], prefix: str)
     for key, property_ in schema.items():
         name = property_.get("$ref", "").removeprefix("#/definitions/")
         child = definitions.get(name, property_)
-        if child.get("additionalProperties") is False:
+        if "properties" in child:
             yield from properties(child["properties"], definitions, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

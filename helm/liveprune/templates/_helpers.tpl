@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Room is left in 63 characters for the suffixes "-api-key" and "-test". */}}
+{{/* Room is left in 63 characters for the suffixes "-api-key", "-state" and "-test". */}}
 {{- define "liveprune.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride }}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) }}
@@ -49,6 +49,10 @@ app.kubernetes.io/component: server
 {{- default (include "liveprune.fullname" .) .Values.persistence.existingClaim }}
 {{- end }}
 
+{{- define "liveprune.stateClaimName" -}}
+{{- default (printf "%s-state" (include "liveprune.fullname" .)) .Values.state.persistence.existingClaim }}
+{{- end }}
+
 {{/* Name of the Secret that holds the API key; empty where the API is open. */}}
 {{- define "liveprune.apiKeySecret" -}}
 {{- if .Values.apiKey.value }}
@@ -74,7 +78,7 @@ app.kubernetes.io/component: server
 
 {{/* The environment that the chart itself sets, as a list. */}}
 {{- define "liveprune.env" -}}
-# Only /data, /tmp and /dev/shm can be written.
+# Only volumes can be written.
 - name: HOME
   value: /tmp
 # The user id has no entry in /etc/passwd; getpass.getuser(), which torch calls, takes this name.
@@ -85,6 +89,18 @@ app.kubernetes.io/component: server
 - name: VLLM_CACHE_ROOT
   value: /data/vllm
 {{- include "liveprune.apiKeyEnv" . }}
+{{- if .Values.live.enabled }}
+# Of the server, and of `kubectl exec ... -- liveprune variants list`.
+- name: LIVEPRUNE_STATE_DIR
+  value: /state
+{{- with .Values.admin.existingSecret }}
+- name: LIVEPRUNE_ADMIN_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: {{ $.Values.admin.key | quote }}
+{{- end }}
+{{- end }}
 {{- with .Values.huggingFace.existingSecret }}
 - name: HF_TOKEN
   valueFrom:
@@ -102,6 +118,35 @@ app.kubernetes.io/component: server
 {{- with .Values.cpu.kvCacheGiB }}
 - name: VLLM_CPU_KVCACHE_SPACE
   value: {{ . | quote }}
+{{- end }}
+{{- end }}
+
+{{/* The flags of live variants, as a list. */}}
+{{- define "liveprune.liveArgs" -}}
+{{- if not .Values.live.enabled }}
+- --no-live
+{{- else }}
+- --admin-host={{ .Values.admin.host }}
+- --admin-port=8001
+{{- range $tag, $plan := .Values.live.variants }}
+- {{ printf "--variant=%s=%s" $tag $plan | quote }}
+{{- end }}
+{{- with .Values.live.resident }}
+- {{ printf "--resident=%s" . | quote }}
+{{- end }}
+{{- with .Values.live.memoryTarget }}
+- --memory-target={{ . }}
+{{- end }}
+{{- /* 0 is a value of its own: no merged experts. */}}
+{{- if not (kindIs "string" .Values.live.spareRows) }}
+- --spare-rows={{ int64 .Values.live.spareRows }}
+{{- end }}
+{{- with .Values.live.maxVariants }}
+- --max-variants={{ int64 . }}
+{{- end }}
+{{- range .Values.live.planRoots }}
+- {{ printf "--plan-root=%s" . | quote }}
+{{- end }}
 {{- end }}
 {{- end }}
 
