@@ -68,10 +68,18 @@ class FillTask:
         return frozenset().union(*(x.wanted | x.sources for x in self._layers if x.layer == layer))
 
     def begin(self) -> None:
-        """Start its first thread; once."""
+        """Start its first thread; once.
+
+        Raises:
+            EngineError: the system has no thread to give.
+        """
         # A thread that Python stops while it computes can take the process down with it.
         atexit.register(self._end)
-        threading.Thread(target=self._run, name="liveprune-fill", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="liveprune-fill", daemon=True).start()
+        except RuntimeError as error:
+            atexit.unregister(self._end)
+            raise EngineError(f"fill: no thread to be had: {error}") from error
 
     def _end(self) -> None:
         self.cancel()

@@ -120,12 +120,17 @@ class RowFiller:
                 no memory; a spare one must have been written by an earlier task.
 
         Raises:
-            EngineError: a job names a layer, row or expert that is not there, or a row twice.
+            EngineError: a job names a layer, row or expert that is not there, or a row twice; or
+                the system has no thread to give.
         """
         task = FillTask(self, self._layers(list(jobs), list(merges), list(needed)))
         with self._turns:
             self._queue.append(task)
-        task.begin()
+            try:
+                task.begin()
+            except EngineError:
+                self._queue.remove(task)
+                raise
         return task
 
     def claimed(self, layer: int) -> frozenset[int]:

@@ -420,6 +420,31 @@ def test_no_memory_for_rows(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert setup.resident() == [set(), set(), set()]
 
 
+@pytest.mark.parametrize("started", [0, 1])
+def test_no_threads(started: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None at all, or none beside the first."""
+    setup, count = Setup(model, threads=2), 0
+
+    def start(self: threading.Thread, original: Any = threading.Thread.start) -> None:
+        nonlocal count
+        count += 1
+        if count > started:
+            raise RuntimeError("can't start new thread")
+        original(self)
+
+    jobs = [RowJob(0, e, e) for e in range(EXPERTS)]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        if started:
+            assert setup.run(jobs) == "RuntimeError: can't start new thread"
+        else:
+            with pytest.raises(EngineError, match="no thread to be had: can't start"):
+                setup.filler.start(jobs)
+    assert setup.resident() == [set(), set(), set()]
+    assert setup.filler.claimed(0) == frozenset()
+    assert setup.run(jobs) == "ready"
+
+
 def test_rows_that_cannot_be_released_are_reported(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
