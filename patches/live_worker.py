@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -179,10 +179,11 @@ class LiveWorker:
         with self._lock:
             for layer in self._layers.values():
                 used = self._needed(layer) | self._filler.claimed(layer.index)
-                room = max(0, RELEASE_BYTES - freed) // layer.rows.row_bytes
-                idle = sorted(layer.rows.resident - used)[: room or (not freed)]
-                freed += layer.rows.release(idle)
-                self._filler.checks.forget(layer.index, [r for r in idle if r >= layer.experts])
+                count = max(RELEASE_BYTES // layer.rows.row_bytes, 1)
+                idle = sorted(layer.rows.resident - used)[:count]
+                freed += self._give_back(layer, idle)
+                if freed >= RELEASE_BYTES:
+                    break
         self._check()
         self._expose()
         return freed
@@ -247,9 +248,17 @@ class LiveWorker:
         return frozenset().union(*(x.assignments[layer.index].needed for x in self._slots.values()))
 
     def _free_spare(self, layer: LiveLayer) -> list[int]:
-        taken = self._needed(layer)
-        rows = range(layer.experts, layer.experts + self._config.spare_rows)
-        return [row for row in rows if row not in taken]
+        """Spare rows that nothing needs; what a slot before left in them is given back."""
+        with self._lock:
+            taken = self._needed(layer) | self._filler.claimed(layer.index)
+            rows = range(layer.experts, layer.experts + self._config.spare_rows)
+            free = [row for row in rows if row not in taken]
+            self._give_back(layer, layer.rows.resident.intersection(free))
+        return free
+
+    def _give_back(self, layer: LiveLayer, rows: Collection[int]) -> int:
+        self._filler.checks.forget(layer.index, [row for row in rows if row >= layer.experts])
+        return layer.rows.release(sorted(rows))
 
     def _fill(self, assignments: dict[int, Assignment]) -> FillTask:
         merges = [

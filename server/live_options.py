@@ -12,12 +12,16 @@ from liveprune.patches.live_config import LiveConfig
 from liveprune.pruning.checkpoint.layer_tensors import layer_tensors
 from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint
 from liveprune.pruning.errors import PlanError, VariantError
+from liveprune.pruning.files import write_atomic
 from liveprune.pruning.foreign import read_any_plan
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_guards import check_plan
 from liveprune.server.state_folder import SavedState, StateFolder
 from liveprune.server.variant import FULL, check_tag
+
+RESIDENT_FILE = "resident"
+"""In the state folder of a model: what ``--resident`` said at the last start."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}i": 2 ** (10 * i) for i, unit in enumerate("KMGT", start=1)}
@@ -79,6 +83,9 @@ def read_variants(variants: Sequence[str], spec: ModelSpec) -> dict[str, Plan]:
 def note_variants(folder: StateFolder, plans: dict[str, Plan], resident: str | None) -> str | None:
     """Add the command line's variants to those of the state folder.
 
+    ``resident`` decides at the first start that names it; after that the state folder does, so that
+    a restart by the same command line comes back to what was swapped in since.
+
     Returns:
         The tag that the engine starts compact with; None: it starts whole.
 
@@ -95,12 +102,19 @@ def note_variants(folder: StateFolder, plans: dict[str, Plan], resident: str | N
         )
     live = {*saved.live, *plans}
     alias = saved.alias
-    if resident is not None:
+    if resident is not None and resident != _resident_before(folder):
         # Whoever starts compact wants the memory: what was live with the whole model is not.
         live = {resident, *plans}
         alias = resident
+    write_atomic(folder.path / RESIDENT_FILE, (resident or "").encode())
     folder.save(SavedState(known, tuple(sorted(live)), alias, saved.previous, saved.published))
     return None if FULL in live else alias
+
+
+def _resident_before(folder: StateFolder) -> str | None:
+    """``--resident`` of the last start."""
+    path = folder.path / RESIDENT_FILE
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def make_config(

@@ -101,6 +101,8 @@ class LiveJob:
         outcome["before"] = {
             tag: self.call("checksums", slot=slot) for tag, slot in self.slots.items()
         }
+        if job.get("refusals"):
+            outcome["refusals"] = self.refusals()
         outcome["compact"], outcome["freed"] = {}, {}
         for tag in job["compact"]:
             if tag not in self.slots:
@@ -118,6 +120,39 @@ class LiveJob:
             tag: self.call("checksums", slot=slot) for tag, slot in self.slots.items()
         }
         return outcome
+
+    def refusals(self) -> dict[str, str]:
+        """What each wrong operation is answered with; none of them may change anything."""
+        plans, worker = self.job["plans"], self.core.model_executor.driver_worker.worker
+        layer = worker.liveprune_worker._layers[0]
+        live = self.slots["uniform"]
+        found = {
+            "unknown slot": self.error("publish", slot=9),
+            "taken slot": self.error("prepare", slot=live, plan=plans["uniform"]),
+            "live slot cancelled": self.error("cancel", slot=live),
+            "no such plan": self.error("prepare", slot=9, plan="missing.json"),
+        }
+        # Merges that need more spare rows than are left.
+        for slot in range(9, 12):
+            found[f"spare {slot}"] = self.error("prepare", slot=slot, plan=plans["router_map"])
+            while not found[f"spare {slot}"]:
+                if self.call("progress", slot=slot)["phase"] in ("ready", "failed"):
+                    break
+        for slot in range(9, 12):
+            self.error("cancel", slot=slot)
+        # A row that is taken away behind its back must not become part of a live table.
+        self.call("prepare", slot=9, plan=plans["counts"])
+        while self.call("progress", slot=9)["phase"] != "ready":
+            pass
+        row = min(worker.liveprune_worker._slots[9].assignments[0].needed)
+        layer.rows._resident -= {row}
+        found["row not resident"] = self.error("publish", slot=9)
+        layer.rows._resident |= {row}
+        self.call("cancel", slot=9)
+        return found
+
+    def error(self, operation: str, **arguments: Any) -> str:
+        return self.core.liveprune(operation, arguments).get("error", "")
 
     def generate(self, tags: Sequence[str], *, score: bool = True) -> dict[str, Any]:
         """All prompts under all variants in one call, so that they share batches."""
