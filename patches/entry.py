@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,14 +72,27 @@ def wrap_build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
         stop = None
         if _on_front is not None:
             stop = await _on_front(_front(engine_client, listen_address, args))
+        stopped = _note_shutdown(engine_client)
         try:
             return await original(engine_client, listen_address, sock, args, *rest, **kwargs)
         finally:
-            _engine_died = bool(engine_client.errored)
+            _engine_died = bool(engine_client.errored) and not stopped.is_set()
             if stop is not None:
                 await stop()
 
     return build_and_serve
+
+
+def _note_shutdown(engine_client: Any) -> threading.Event:
+    """Set when vLLM shuts the engine down, after which it counts as errored, too."""
+    stopped, shutdown = threading.Event(), engine_client.shutdown
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        stopped.set()
+        return shutdown(*args, **kwargs)
+
+    engine_client.shutdown = noting
+    return stopped
 
 
 def _front(engine_client: Any, listen_address: str, args: Any) -> Front:
