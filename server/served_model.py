@@ -70,6 +70,11 @@ class ServedModel:
         return f"http://127.0.0.1:{self.admin_port}"
 
     @property
+    def running(self) -> bool:
+        """The process has not ended."""
+        return self._process.poll() is None
+
+    @property
     def pid(self) -> int:
         """Of the API server; engine and workers are its children."""
         return self._process.pid
