@@ -17,13 +17,9 @@ from typing import Any
 import torch
 
 from liveprune.patches import kv_memory
-from liveprune.patches.batch_slots import BatchSlots
-from liveprune.patches.expert_packing import Packing
 from liveprune.patches.expert_reader import ExpertReader
-from liveprune.patches.expert_rows import ExpertRows
 from liveprune.patches.live_config import LiveConfig
-from liveprune.patches.live_router import LiveRouting
-from liveprune.patches.routing_tables import LayerTables
+from liveprune.patches.live_layers import LiveLayer, batch_slots, find_layers
 from liveprune.patches.row_assignment import Assignment, assign_rows
 from liveprune.patches.row_filler import FillTask, MergeJob, RowFiller
 from liveprune.pruning.errors import EngineError, LiveprunError
@@ -34,16 +30,6 @@ from liveprune.pruning.plan_io import load_plan
 
 RELEASE_BYTES = 1 << 30
 """Bytes given back in one call: a few milliseconds, so that no step waits long."""
-
-
-@dataclass(frozen=True)
-class LiveLayer:
-    """One layer with experts."""
-
-    index: int
-    experts: int
-    tables: LayerTables
-    rows: ExpertRows
 
 
 @dataclass
@@ -73,13 +59,9 @@ class LiveWorker:
         self._spec = ModelSpec.from_path(Path(config.checkpoint))
         self._runner = worker.model_runner
         self._model = self._runner.get_model()
-        self._batch = _batch_slots(worker, config)
+        self._batch = batch_slots(worker, config)
         self._runner.liveprune_batch = self._batch
-        packing: dict[int, Packing] = {}
-        self._layers: dict[int, LiveLayer] = {}
-        for index, moe in _moe_layers(self._model):
-            packing[index] = Packing.of(moe.routed_experts)
-            self._layers[index] = self._layer(index, moe, packing[index])
+        self._layers = find_layers(self._model, self._spec, config, self._batch, self._device)
         parallel = worker.parallel_config
         reader = ExpertReader(
             Path(config.checkpoint),
@@ -90,7 +72,7 @@ class LiveWorker:
         )
         self._filler = RowFiller(
             reader,
-            packing,
+            {index: layer.packing for index, layer in self._layers.items()},
             {index: layer.rows for index, layer in self._layers.items()},
             threads=config.fill_threads,
             protect=lambda: self._lock,
@@ -299,23 +281,6 @@ class LiveWorker:
         self._slots[slot].task.wait()
         self.publish(slot)
 
-    def _layer(self, index: int, moe: Any, packing: Packing) -> LiveLayer:
-        routing: LiveRouting = moe.router._compute_routing  # noqa: SLF001 - put there by layers.py
-        base = self._spec.layer(index)
-        base_map = getattr(moe.router, "router_map", None)
-        tables = LayerTables(
-            self._config.slots,
-            base.experts,
-            self._config.spare_rows,
-            base.top_k,
-            base_map=base_map,
-            device=self._device,
-        )
-        routing.attach(tables, self._batch)
-        total = base.experts + self._config.spare_rows
-        rows = ExpertRows(moe.routed_experts, packing, total, self._device)
-        return LiveLayer(index, base.experts, tables, rows)
-
 
 def liveprune(self: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Method of vLLM's worker: one operation, as ``live_core`` sends it to all ranks."""
@@ -323,29 +288,6 @@ def liveprune(self: Any, operation: str, arguments: dict[str, Any]) -> dict[str,
     if worker is None:
         return {"error": "live variants are off in this engine"}
     return worker.call(operation, arguments)
-
-
-def _batch_slots(worker: Any, config: LiveConfig) -> BatchSlots:
-    from vllm.config import CUDAGraphMode
-
-    graphs = worker.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
-    return BatchSlots(
-        worker.model_runner.max_num_tokens,
-        worker.device,
-        static=worker.device.type == "cuda" and graphs,
-        default=config.resident_slot,
-    )
-
-
-def _moe_layers(model: Any) -> list[tuple[int, Any]]:
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return [
-        (extract_layer_index(module.layer_name), module)
-        for module in model.modules()
-        if isinstance(module, MoERunner)
-    ]
 
 
 def _layer_plan(plan: Plan | None, layer: LiveLayer) -> LayerPlan | None:

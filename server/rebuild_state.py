@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from liveprune.pruning.errors import CheckpointError, VariantError
+from liveprune.pruning.errors import VariantError
 from liveprune.pruning.files import write_atomic
 from liveprune.server.operations import Operation, State
-from liveprune.server.state_folder import base_fingerprint
+from liveprune.server.saved_form import base_fingerprint, read_form
 from liveprune.server.variant import FULL
 
 VERSION = 1
@@ -182,28 +182,7 @@ class RebuildFolder:
             return state
 
     def _read(self) -> RebuildState:
-        path = self.state_file
-        try:
-            form: Any = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return RebuildState()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-        version = form.get("version") if isinstance(form, dict) else None
-        if version != VERSION:
-            raise CheckpointError(f"{path}: version is {version!r}; this release reads {VERSION}")
-        if form.get("base") != self._base:
-            raise CheckpointError(
-                f"{path}: holds the checkpoints of the base model {form.get('base')}, expected "
-                f"{self._base}; choose another state folder, or delete this file to start afresh"
-            )
-        try:
-            return _state_of({k: v for k, v in form.items() if k not in ("version", "base")})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: damaged: {type(error).__name__}: {error}; restore it from a backup, or "
-                "delete it to serve the base model and add the variants again"
-            ) from error
+        return read_form(self.state_file, VERSION, self._base, _state_of) or RebuildState()
 
 
 def _state_of(form: dict[str, Any]) -> RebuildState:

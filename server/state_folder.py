@@ -8,7 +8,6 @@ not at all, and one server uses the folder at a time.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import threading
@@ -17,10 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liveprune.pruning.errors import CheckpointError, ConflictError, PlanError, VariantError
+from liveprune.pruning.errors import ConflictError, PlanError
 from liveprune.pruning.files import write_atomic
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_io import load_plan, save_plan
+from liveprune.server.saved_form import base_fingerprint, read_form
 from liveprune.server.variant import FULL, check_tag
 
 VERSION = 1
@@ -126,42 +126,7 @@ class StateFolder:
 
     def _read(self) -> SavedState:
         path = self.path / STATE_FILE
-        try:
-            form: Any = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return SavedState()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-        version = form.get("version") if isinstance(form, dict) else None
-        if version != VERSION:
-            raise CheckpointError(f"{path}: version is {version!r}; this release reads {VERSION}")
-        if form.get("base") != self._base:
-            raise CheckpointError(
-                f"{path}: holds the variants of the base model {form.get('base')}, expected "
-                f"{self._base}; choose another state folder, or empty this one to start afresh"
-            )
-        try:
-            return _state_of(form)
-        except (AttributeError, KeyError, TypeError, ValueError, VariantError) as error:
-            raise CheckpointError(
-                f"{path}: damaged: {type(error).__name__}: {error}; restore it from a backup, or "
-                "delete it and add the variants again"
-            ) from error
-
-
-def base_fingerprint(base: Path) -> dict[str, str]:
-    """What tells one base model from another: its resolved path, and a digest of its config.
-
-    Raises:
-        CheckpointError: there is no readable ``config.json``.
-    """
-    path = base / "config.json"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from error
-    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return {"model": str(base.resolve()), "config": digest}
+        return read_form(path, VERSION, self._base, _state_of) or SavedState()
 
 
 def _state_of(form: dict[str, Any]) -> SavedState:
