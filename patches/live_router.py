@@ -8,6 +8,7 @@ nothing may depend on the batch: every path is computed, and the token's slot pi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +38,13 @@ class LiveRouting:
         self.spec = spec
         self.tables: LayerTables | None = None
         self.batch: BatchSlots | None = None
+        self._route = route
 
     def attach(self, tables: LayerTables, batch: BatchSlots) -> None:
         """Route by tables from here on."""
         self.tables, self.batch = tables, batch
+        if batch.static and batch.slots.is_cuda:
+            self._route = _fused_route()
 
     def __call__(
         self,
@@ -80,18 +84,32 @@ class LiveRouting:
                 "lower": min(top_ks) < columns,
             }
         if not base:
-            weights, rows = route(router_logits, self.spec, tables, slots, columns, **flags)
+            weights, rows = self._route(router_logits, self.spec, tables, slots, columns, **flags)
             return weights, rows.to(indices_type or torch.int32)
         own_weights, own_ids = self.original(
             hidden_states, router_logits, indices_type, input_ids=input_ids
         )
         if isinstance(slots, int):
             return own_weights, own_ids
-        weights, rows = route(router_logits, self.spec, tables, slots, columns, **flags)
+        weights, rows = self._route(router_logits, self.spec, tables, slots, columns, **flags)
         # The base's tokens keep vLLM's own numbers, bit for bit.
         is_base = (slots == BASE_SLOT).unsqueeze(1)
         weights = torch.where(is_base, own_weights, weights)
         return weights, torch.where(is_base, own_ids, rows).to(indices_type or torch.int32)
+
+
+@functools.cache
+def _fused_route() -> Callable[..., Routing]:
+    """``route`` with its many small kernels fused, as vLLM does with its grouped top-k.
+
+    One for all layers: they differ in the tensors only, which are arguments.
+    """
+    from vllm.model_executor.utils import maybe_disable_graph_partition
+    from vllm.platforms import current_platform
+
+    backend = current_platform.simple_compile_backend
+    options = maybe_disable_graph_partition(backend)
+    return torch.compile(route, dynamic=True, backend=backend, options=options)
 
 
 def install(router: Any, spec: RouterSpec) -> LiveRouting:

@@ -217,11 +217,6 @@ class LayerTables:
         mapped = self.map_row[self.map_allow[slot]]
         return frozenset(own.tolist()) | frozenset(mapped.tolist())
 
-    def rows_at_most(self) -> int:
-        """One more than the highest row that any slot's tokens may be sent to; 0 for none."""
-        needed = frozenset[int]().union(*(self.needed_rows(slot) for slot in range(self.slots)))
-        return max(needed, default=-1) + 1
-
     def _set_facts(self, slot: int, top_k: int, *, mapped: bool, remapped: bool) -> None:
         self.top_k[slot] = top_k
         self.is_mapped[slot] = mapped

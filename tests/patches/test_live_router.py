@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -14,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from liveprune.patches.batch_slots import BatchSlots
 from liveprune.patches.live_router import LiveRouting, install
 from liveprune.patches.router_map import RouterMapRouter
-from liveprune.patches.routing import RouterSpec
+from liveprune.patches.routing import RouterSpec, route
 from liveprune.patches.routing_tables import LayerTables
 from liveprune.pruning.errors import EngineError
 
@@ -75,15 +76,19 @@ class Layer:
 
 
 def make_layer(
-    arguments: dict[str, Any] = PLAIN, *, cls: Any = CPURouter, static: bool = False
+    arguments: dict[str, Any] = PLAIN,
+    *,
+    cls: Any = CPURouter,
+    static: bool = False,
+    device: str = "cpu",
 ) -> Layer:
     """Slots: 0 base, 1 and 2 masks, 3 merged with rows dropped, 4 EEP, 5 free."""
     if cls is CPURouter:
         router, untouched = cls(**arguments), cls(**arguments)
     else:
         router, untouched = cls(TOP_K, EXPERTS), cls(TOP_K, EXPERTS)
-    tables = LayerTables(6, EXPERTS, SPARE, TOP_K, device="cpu")
-    batch = BatchSlots(64, torch.device("cpu"), static=static)
+    tables = LayerTables(6, EXPERTS, SPARE, TOP_K, device=device)
+    batch = BatchSlots(64, torch.device(device), static=static)
     tables.set_base(0)
     tables.set_kept(1, [0, 1, 4, 5], 2)
     tables.set_kept(2, [1, 2, 3, 5, 6, 7], TOP_K)
@@ -232,6 +237,49 @@ def test_the_graph_path_reads_no_data_back() -> None:
         logits = torch.empty(16, EXPERTS)
         weights, rows = layer.router.select_experts(torch.zeros(16, 1), logits, torch.int32)
     assert weights.shape == rows.shape == (16, TOP_K)
+
+
+@pytest.mark.parametrize("arguments", [PLAIN, GROUPED], ids=["plain", "grouped"])
+def test_the_graph_path_compiles_once_for_all_layers(arguments: dict[str, Any]) -> None:
+    """Without a break, whatever the tables hold and however many tokens there are."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(route, dynamic=True, fullgraph=True, backend=counter)
+    spec = RouterSpec.from_arguments(arguments)
+    for index, tokens in enumerate([17, 33, 20, 17]):
+        layer = make_layer(arguments)
+        layer.tables.set_kept(1, [index, 4, 5, 6, 7], 1 + index % 2)
+        logits = random_logits(tokens, index)
+        slots = torch.arange(tokens) % 4
+        flags = {"mapped": True, "remapped": True}
+        found = compiled(logits, spec, layer.tables, slots, TOP_K, **flags)
+        assert equal(found, route(logits, spec, layer.tables, slots, TOP_K, **flags))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_graph_follows_slots_and_tables() -> None:
+    """Captured once; then other slots, fewer tokens and another variant, without a new capture."""
+    layer = make_layer(cls=CudaLikeRouter, static=True, device="cuda")
+    reference = make_layer(cls=CudaLikeRouter)
+    logits = torch.empty(16, EXPERTS, device="cuda")
+    hidden = torch.zeros(16, 1, device="cuda")
+    for _ in range(3):  # compiles
+        layer.router.select_experts(hidden, logits.zero_(), torch.int32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weights, rows = layer.router.select_experts(hidden, logits, torch.int32)
+    for step, slots in enumerate([[0, 1, 2, 3, 4] * 3, [4, 0, 1], [5, 1, 5, 0], [0] * 16]):
+        for each in (layer, reference):
+            each.tables.set_kept(5, [step, 7], 1)
+            each.batch.fill(slots, np.ones(len(slots), dtype=np.int32))
+        on_host = random_logits(16, step)
+        logits.copy_(on_host)
+        graph.replay()
+        right = reference.router.select_experts(torch.zeros(16, 1), on_host, torch.int32)
+        torch.testing.assert_close(weights.cpu(), right[0])
+        assert torch.equal(rows.cpu(), right[1])
 
 
 def test_in_front_of_a_checkpoints_own_router_map() -> None:

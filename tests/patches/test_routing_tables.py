@@ -19,7 +19,6 @@ def test_all_slots_are_free_at_first() -> None:
     assert made.top_ks == [0] * 4
     assert not made.allow.any()
     assert [made.needed_rows(slot) for slot in range(4)] == [frozenset()] * 4
-    assert made.rows_at_most() == 0
 
 
 def test_base_needs_every_row_of_its_own() -> None:
@@ -27,7 +26,6 @@ def test_base_needs_every_row_of_its_own() -> None:
     made.set_base(0)
     assert made.needed_rows(0) == set(range(6))
     assert made.top_ks[0] == made.top_k[0] == 2
-    assert made.rows_at_most() == 6
 
 
 def test_kept_needs_only_the_kept() -> None:
@@ -44,7 +42,6 @@ def test_merged_with_rows_dropped_needs_the_rows_that_do_the_work() -> None:
     made.set_kept(1, [0, 3, 5], 2, [7, 3, 6])
     assert made.needed_rows(1) == {3, 6, 7}
     assert made.remapped == [False, True, False, False]
-    assert made.rows_at_most() == 8
 
 
 def test_own_rows_by_name_are_no_remapping() -> None:
