@@ -13,7 +13,6 @@ from pathlib import Path
 
 from liveprune.patches.live_types import BASE_SLOT
 from liveprune.pruning.errors import ConflictError, EngineError, VariantError
-from liveprune.pruning.foreign import read_any_plan
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.server.change import Change
 from liveprune.server.engine import LiveEngine
@@ -26,7 +25,7 @@ from liveprune.server.restore import read_variants, restore
 from liveprune.server.state_folder import StateFolder
 from liveprune.server.swap import LIMITS, Swapper, bring, take_out, tidy_up
 from liveprune.server.swap_steps import Steps
-from liveprune.server.variant import FULL, Variant, check_tag
+from liveprune.server.variant import FULL, check_tag, read_variant
 
 
 class Control:
@@ -184,8 +183,7 @@ class Control:
         else:
             check_tag(tag)
             # In a thread: it may be a long file, and tokens are streamed from this one.
-            plan = await asyncio.to_thread(read_any_plan, plan_path, self._spec)
-            variant = Variant(tag, plan)
+            variant = await asyncio.to_thread(read_variant, tag, plan_path, self._spec)
         change = Change.asked("add", variant, registry)
         change.old = registry.live.get(tag)
         if change.old is not None and change.old.variant.digest == variant.digest:

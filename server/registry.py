@@ -187,11 +187,11 @@ class Registry:
         return publication
 
     def go_live(self, publication: Publication) -> None:
-        """Let requests have it under its tag; whatever had the tag before drains."""
+        """Let requests have it under its tag; what had the tag before is left to be drained."""
         tag = publication.variant.tag
         replaced = self._live.get(tag)
         if replaced is not None:
-            replaced.phase = Phase.DRAINING
+            self.leave(replaced)
         publication.phase = Phase.LIVE
         self._live[tag] = publication
         self.known[tag] = publication.variant

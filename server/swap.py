@@ -206,6 +206,8 @@ class Swapper:
         old = change.old
         if old is not None and old in registry.publications:
             return f"{reason}; {serving}, {old.served.name} still holds its slot and rows"
+        if change.operation.state is State.CANARY:  # after the last step that changes anything
+            return f"{reason}; {serving}"
         return f"{reason}; {serving}, rows may be left over until the next operation"
 
 

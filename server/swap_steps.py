@@ -62,7 +62,9 @@ class Steps:
         change.new = self.registry.claim(change.variant)
         spec = self.registry.spec
         held = [p for p in self.registry.publications if p.phase in (Phase.LIVE, Phase.DRAINING)]
-        rows = rows_to_fill(change.variant.plan, [p.variant.plan for p in held], spec)
+        plans = [p.variant.plan for p in held]
+        # In a thread: many large merges take a while, and this one streams tokens.
+        rows = await asyncio.to_thread(rows_to_fill, change.variant.plan, plans, spec)
         memory, kv = await self.engine.memory(), await self.engine.kv()
         needed = rows * row_bytes(memory, spec)
         await self._resize_kv(kv, room_for_rows(memory, kv, self.memory_target, needed))

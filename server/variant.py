@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from liveprune.pruning.errors import VariantError
+from liveprune.pruning.foreign import read_any_plan
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 
@@ -53,3 +55,14 @@ def check_tag(tag: str) -> None:
         raise VariantError(
             f"tag is {tag!r}, expected a letter or digit, then letters, digits, '.', '_' or '-'"
         )
+
+
+def read_variant(tag: str, path: Path, spec: ModelSpec) -> Variant:
+    """Read the plan of a variant, in any form, and check it against the base model.
+
+    Raises:
+        PlanError: the plan is unreadable or does not fit.
+    """
+    plan = read_any_plan(path, spec)
+    _ = plan.digest  # computed here, once: large merges take a while
+    return Variant(tag, plan)

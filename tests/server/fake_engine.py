@@ -7,13 +7,14 @@ is not resident. Faults are injected with ``fail`` and ``hang``.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from liveprune.patches.live_types import (
     EngineMemory,
@@ -32,6 +33,10 @@ from liveprune.pruning.plan_io import load_plan
 Row = tuple[int, int]
 """Layer, row; rows from the number of experts on are spare."""
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+READS = ("progress", "golden", "memory", "kv")
 METHODS = (
     "prepare",
     "progress",
@@ -96,6 +101,42 @@ class Slot:
     failed: str = ""
 
 
+def operation(
+    effect: Callable[Concatenate[FakeEngine, P], T],
+) -> Callable[Concatenate[FakeEngine, P], Coroutine[Any, Any, T]]:
+    """A call to another process: who stops waiting for the answer does not stop the effect.
+
+    Questions are answered sooner than changes are made.
+    """
+    method = effect.__name__
+    turns = 1 if method in READS else 6
+
+    @functools.wraps(effect)
+    async def call(self: FakeEngine, /, *arguments: P.args, **named: P.kwargs) -> T:
+        faults = self._begin(method)
+
+        async def over_there() -> T:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for fault in faults:
+                if fault.error is None:
+                    await asyncio.get_running_loop().create_future()
+                elif fault.when == "before":
+                    raise fault.error
+            answer = effect(self, *arguments, **named)
+            self._check()
+            for fault in faults:
+                if fault.error is not None and fault.when == "after":
+                    raise fault.error
+            return answer
+
+        task = asyncio.ensure_future(over_there())
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+    return call
+
+
 class FakeEngine:
     """One engine, up with the base model or with one variant live."""
 
@@ -130,7 +171,7 @@ class FakeEngine:
         self.fill_error = ""
         """What the next filling fails with."""
         self.on_call: Callable[[str], None] | None = None
-        """Told of every call, before its effect."""
+        """Told of every call as it begins."""
         self.peak_bytes = 0
         self.violations: list[str] = []
         """Times that a live slot named a row that was not resident: must stay empty."""
@@ -147,7 +188,6 @@ class FakeEngine:
         self.held[resident_slot] = Slot(resident, rows, live=True)
         self.resident |= rows
         self._check()
-        self.peak_bytes = self.total_bytes
 
     # What tests steer and look at.
 
@@ -192,102 +232,102 @@ class FakeEngine:
 
     # The protocol.
 
-    async def prepare(self, slot: int, plan: Path | None) -> None:
-        async with self._call("prepare"):
-            if slot in self.held:
-                raise EngineError(f"slot {slot}: in use, expected a free slot")
-            if any(other.missing and not other.failed for other in self.held.values()):
-                raise EngineError("another variant's rows are being filled; one at a time")
-            recipe = None if plan is None else load_plan(plan)
-            if recipe is not None:
-                check_plan(recipe, self.spec)
-            rows = self._assign(recipe)
-            missing = sorted(rows - self.resident)
-            self.held[slot] = Slot(recipe, rows, missing, len(missing), failed=self.fill_error)
-            self.fill_error = ""
+    @operation
+    def prepare(self, slot: int, plan: Path | None) -> None:
+        if slot in self.held:
+            raise EngineError(f"slot {slot}: in use, expected a free slot")
+        if any(other.missing and not other.failed for other in self.held.values()):
+            raise EngineError("another variant's rows are being filled; one at a time")
+        recipe = None if plan is None else load_plan(plan)
+        if recipe is not None:
+            check_plan(recipe, self.spec)
+        rows = self._assign(recipe)
+        missing = sorted(rows - self.resident)
+        self.held[slot] = Slot(recipe, rows, missing, len(missing), failed=self.fill_error)
+        self.fill_error = ""
 
-    async def progress(self, slot: int) -> FillProgress:
-        async with self._call("progress"):
-            held = self.held[slot]
-            done = (held.total - len(held.missing)) * self._row_bytes
-            total = held.total * self._row_bytes
-            if held.failed:
-                return FillProgress("failed", done, total, held.failed)
-            if not held.missing:
-                return FillProgress("ready", total, total)
-            share = -(-held.total // self._fill_calls)
-            filled, held.missing = held.missing[:share], held.missing[share:]
-            self.resident.update(filled)
-            return FillProgress("filling", done, total)
+    @operation
+    def progress(self, slot: int) -> FillProgress:
+        held = self.held[slot]
+        done = (held.total - len(held.missing)) * self._row_bytes
+        total = held.total * self._row_bytes
+        if held.failed:
+            return FillProgress("failed", done, total, held.failed)
+        if not held.missing:
+            return FillProgress("ready", total, total)
+        share = -(-held.total // self._fill_calls)
+        filled, held.missing = held.missing[:share], held.missing[share:]
+        self.resident.update(filled)
+        return FillProgress("filling", done, total)
 
-    async def cancel(self, slot: int) -> None:
-        async with self._call("cancel"):
-            held = self.held.get(slot)
-            if held is not None and held.live:
-                raise EngineError(f"slot {slot}: live; expected one that was never published")
-            self.held.pop(slot, None)
+    @operation
+    def cancel(self, slot: int) -> None:
+        held = self.held.get(slot)
+        if held is not None and held.live:
+            raise EngineError(f"slot {slot}: live; expected one that was never published")
+        self.held.pop(slot, None)
 
-    async def publish(self, slot: int) -> None:
-        async with self._call("publish"):
-            if slot not in self.held or self.held[slot].missing or self.held[slot].failed:
-                raise EngineError(f"slot {slot}: not ready")
-            self.held[slot].live = True
+    @operation
+    def publish(self, slot: int) -> None:
+        if slot not in self.held or self.held[slot].missing or self.held[slot].failed:
+            raise EngineError(f"slot {slot}: not ready")
+        self.held[slot].live = True
 
-    async def retire(self, slot: int) -> bool:
-        async with self._call("retire"):
-            if slot not in self.live:
-                raise EngineError(f"slot {slot}: not live, expected a live slot")
-            if self.busy[slot]:
-                return False
-            if self.live == {slot}:
-                raise EngineError(f"slot {slot}: the only live one; something must serve")
-            del self.held[slot]
-            return True
+    @operation
+    def retire(self, slot: int) -> bool:
+        if slot not in self.live:
+            raise EngineError(f"slot {slot}: not live, expected a live slot")
+        if self.busy[slot]:
+            return False
+        if self.live == {slot}:
+            raise EngineError(f"slot {slot}: the only live one; something must serve")
+        del self.held[slot]
+        return True
 
-    async def release(self) -> int:
-        async with self._call("release"):
-            idle = sorted(self.resident - self.needed)[: self._release_rows]
-            self.resident.difference_update(idle)
-            if idle:
-                self.corrupt |= self.corrupt_on_release
-                self.corrupt_on_release.clear()
-            return len(idle) * self._row_bytes
+    @operation
+    def release(self) -> int:
+        idle = sorted(self.resident - self.needed)[: self._release_rows]
+        self.resident.difference_update(idle)
+        if idle:
+            self.corrupt |= self.corrupt_on_release
+            self.corrupt_on_release.clear()
+        return len(idle) * self._row_bytes
 
-    async def golden(
+    @operation
+    def golden(
         self, variant: Served, prompts: Sequence[Sequence[int]], tokens: int
     ) -> list[GoldenAnswer]:
-        async with self._call("golden"):
-            if variant.slot not in self.live:
-                raise EngineError(f"{variant.name}: slot {variant.slot} is not live")
-            self.salts.append(variant.salt)
-            plan = self.held[variant.slot].plan
-            digest = None if plan is None else plan.digest
-            return [self._answer(digest, prompt, tokens) for prompt in prompts]
+        if variant.slot not in self.live:
+            raise EngineError(f"{variant.name}: slot {variant.slot} is not live")
+        self.salts.append(variant.salt)
+        plan = self.held[variant.slot].plan
+        digest = None if plan is None else plan.digest
+        return [self._answer(digest, prompt, tokens) for prompt in prompts]
 
-    async def memory(self) -> EngineMemory:
-        async with self._call("memory"):
-            base = sum(row < EXPERTS for _, row in self.resident)
-            return EngineMemory(
-                base_rows=base * self._row_bytes,
-                spare_rows=(len(self.resident) - base) * self._row_bytes,
-                all_base_rows=LAYERS * EXPERTS * self._row_bytes,
-                other_weights=self._other,
-                process=self.total_bytes,
-                slots={n: len(self.held[n].rows) * self._row_bytes for n in self.live},
-            )
+    @operation
+    def memory(self) -> EngineMemory:
+        base = sum(row < EXPERTS for _, row in self.resident)
+        return EngineMemory(
+            base_rows=base * self._row_bytes,
+            spare_rows=(len(self.resident) - base) * self._row_bytes,
+            all_base_rows=LAYERS * EXPERTS * self._row_bytes,
+            other_weights=self._other,
+            process=self.total_bytes,
+            slots={n: len(self.held[n].rows) * self._row_bytes for n in self.live},
+        )
 
-    async def kv(self) -> KVStatus:
-        async with self._call("kv"):
-            return self._kv
+    @operation
+    def kv(self) -> KVStatus:
+        return self._kv
 
-    async def resize_kv(self, blocks: int) -> KVStatus:
-        async with self._call("resize_kv"):
-            kv = self._kv
-            wanted = max(kv.min_blocks, min(blocks, kv.max_blocks))
-            if wanted < kv.blocks:
-                wanted = max(wanted, min(kv.blocks, self.used_blocks))
-            self._kv = KVStatus(wanted, kv.min_blocks, kv.max_blocks, kv.block_bytes)
-            return self._kv
+    @operation
+    def resize_kv(self, blocks: int) -> KVStatus:
+        kv = self._kv
+        wanted = max(kv.min_blocks, min(blocks, kv.max_blocks))
+        if wanted < kv.blocks:
+            wanted = max(wanted, min(kv.blocks, self.used_blocks))
+        self._kv = KVStatus(wanted, kv.min_blocks, kv.max_blocks, kv.block_bytes)
+        return self._kv
 
     # Inside.
 
@@ -308,31 +348,20 @@ class FakeEngine:
             found[-1] ^= 1
         return GoldenAnswer(found, [-(byte + 1) / 300 for byte in state])
 
-    def _check(self) -> None:
-        for number in self.live:
-            if missing := self.held[number].rows - self.resident:
-                self.violations.append(f"slot {number} names missing rows {sorted(missing)}")
-
-    @asynccontextmanager
-    async def _call(self, method: str) -> AsyncIterator[None]:
+    def _begin(self, method: str) -> list[Fault]:
+        """Count a call; returns the faults that hit it."""
         self.calls[method] += 1
         count = self.calls[method]
-        faults = [
+        if self.on_call is not None:
+            self.on_call(method)
+        return [
             fault
             for fault in self._faults
             if fault.method == method and fault.first <= count < fault.first + fault.times
         ]
-        await asyncio.sleep(0)
-        if self.on_call is not None:
-            self.on_call(method)
-        for fault in faults:
-            if fault.error is None:
-                await asyncio.get_running_loop().create_future()
-            elif fault.when == "before":
-                raise fault.error
-        yield
-        self._check()
+
+    def _check(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.total_bytes)
-        for fault in faults:
-            if fault.error is not None and fault.when == "after":
-                raise fault.error
+        for number in self.live:
+            if missing := self.held[number].rows - self.resident:
+                self.violations.append(f"slot {number} names missing rows {sorted(missing)}")

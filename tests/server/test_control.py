@@ -393,6 +393,8 @@ def test_a_restart_restores_what_was_live(resident: str | None, tmp_path: Path) 
             assert (w.registry.alias, w.registry.previous) == ("b", "a")
             assert w.registry.known.keys() == {"full", "a", "b"}
             assert w.registry.published > 3  # epochs are never given out twice
+            # What the engine came up with goes only if it was not live before.
+            assert w.engine.calls["retire"] == (resident == "a")
             w.check()
             await w.ended(await w.control.rollback())
             assert w.registry.alias == "a"
@@ -439,6 +441,44 @@ def test_what_cannot_be_restored_is_reported_and_kept_on_record(tmp_path: Path) 
         damaged.write_text(whole)
         async with world(tmp_path) as w:
             assert w.registry.known.keys() == {"full", "a", "b", "c"}
+
+    run(test())
+
+
+def test_the_previous_variant_cannot_be_read(tmp_path: Path) -> None:
+    async def test() -> None:
+        await left_behind(tmp_path)
+        (tmp_path / "state" / "plans" / f"{A.digest}.json").unlink()
+        w = World(tmp_path)
+        (problem,) = await w.control.start()
+        assert problem.startswith("m:a: ")
+        assert (w.registry.alias, w.registry.previous) == ("b", None)
+        assert (await w.control.status()).previous is None
+        await w.control.stop()
+
+    run(test())
+
+
+def test_a_crash_while_restoring_loses_nothing(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as w:
+            await w.add("a", A)
+            await w.add("b", B)
+            await w.swap("b", keep=True)
+        state = (tmp_path / "state" / "state.json").read_text()
+        w = World(tmp_path)
+        served: list[str] = []
+
+        def look(method: str) -> None:
+            if method == "prepare" and w.engine.calls["prepare"] == 2:  # b is live again
+                served.extend(w.registry.live)
+                served.append((tmp_path / "state" / "state.json").read_text())
+
+        w.engine.on_call = look
+        assert await w.control.start() == []
+        assert served == ["full", "b", state]
+        w.check()
+        await w.control.stop()
 
     run(test())
 
