@@ -121,6 +121,11 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             return
         with _without_experts(Path(config.checkpoint)):
             original(self, load_dummy_weights=load_dummy_weights)
+        # glibc keeps freed blocks up to the largest that was freed once (32 MiB at most), and maps
+        # greater ones anew each time. Stock vLLM frees such blocks while it loads experts; without
+        # that every prefill would fault its temporary tensors in again (benchmarks.md).
+        warm = torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")
+        del warm
         self.liveprune_worker = LiveWorker(self, config)
 
     return load_model

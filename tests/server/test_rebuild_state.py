@@ -90,7 +90,7 @@ def test_the_old_state_stays_if_writing_fails(tmp_path: Path, base: Path) -> Non
     ("change", "message"),
     [
         ({"version": 2}, "version is 2; this release reads 1"),
-        ({"base": {"model": "/other"}}, "holds the checkpoints of the base model"),
+        ({"base": {"model": "/other"}}, "holds the variants of the base model"),
         ({"serving": "none"}, "damaged: ValueError: found 'none', expected the tag of a variant"),
         ({"unknown": 1}, "damaged: TypeError"),
         ({"variants": {"small": {"digest": "x"}}}, "damaged: TypeError"),
