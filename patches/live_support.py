@@ -60,6 +60,9 @@ def unsupported(vllm_config: Any) -> str | None:
         "--enable-eplb": parallel.enable_eplb,
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--data-parallel-size above 1": parallel.data_parallel_size > 1,
+        "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
+        "--enable-dbo": parallel.enable_dbo,
+        "--ubatch-size": parallel.ubatch_size > 1,
         "--api-server-count above 1": parallel._api_process_count > 1,  # noqa: SLF001
         f"--load-format {vllm_config.load_config.load_format}": (
             vllm_config.load_config.load_format not in ("auto", "hf", "safetensors")

@@ -267,7 +267,7 @@ class LiveWorker:
     def _choose_default(self) -> None:
         """Padding and dummy runs route by a live slot too: they must not meet missing rows."""
         live = [slot for slot, found in self._slots.items() if found.live]
-        if live and self._batch.default not in live:
+        if live and self._batch.default != min(live):
             self._batch.default = min(live)
 
     def _start(self, config: LiveConfig) -> None:
