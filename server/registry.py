@@ -190,7 +190,7 @@ class Registry:
         """Let requests have it under its tag; what had the tag before is left to be drained."""
         tag = publication.variant.tag
         replaced = self._live.get(tag)
-        if replaced is not None:
+        if replaced is not None and replaced is not publication:
             self.leave(replaced)
         publication.phase = Phase.LIVE
         self._live[tag] = publication

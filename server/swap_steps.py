@@ -127,8 +127,7 @@ class Steps:
             live = tuple(dict.fromkeys((*now.live, tag)))
             moved = replace(now, alias=change.alias, previous=change.previous)
             await self._save(replace(moved, variants=variants, live=live))
-            if self.registry.live.get(tag) is not new:
-                self.registry.go_live(new)
+            self.registry.go_live(new)
             self.registry.alias, self.registry.previous = change.alias, change.previous
             change.commit()
 
