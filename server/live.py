@@ -12,18 +12,24 @@ from pathlib import Path
 from liveprune.patches import admission
 from liveprune.patches.entry import Front
 from liveprune.patches.live_engine import VLLMLiveEngine
+from liveprune.pruning.files import write_atomic
 from liveprune.server import admin_server, live_metrics, public_health
 from liveprune.server.admin_api import make_app
 from liveprune.server.admin_key import server_keys
 from liveprune.server.allowed_paths import default_roots
 from liveprune.server.audit import AUDIT_FILE, AuditLog
 from liveprune.server.control import Control
+from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key
 from liveprune.server.live_options import LiveOptions
+from liveprune.server.memory_budget import total_bytes
 from liveprune.server.rebuild import RebuildControl
 from liveprune.server.rebuild_restart import restarting
 from liveprune.server.rebuild_state import RebuildFolder
 from liveprune.server.state_folder import StateFolder
+
+ROWS_FILE = "rows"
+"""In the state folder of a model: bytes of the base experts' rows at its greatest start."""
 
 logger = logging.getLogger("liveprune")
 
@@ -66,7 +72,7 @@ class LiveServer:
                 control = self._rebuild_control(front)
                 await control.start()
             else:
-                control = self._control(front.engine, front.names)
+                control = await self._control(front.engine, front.names)
                 for problem in await control.start(self._resident):
                     logger.warning("not restored: %s", problem)
             stack.push_async_callback(control.stop)
@@ -106,7 +112,7 @@ class LiveServer:
             answers=partial(public_health.answers, front.address),
         )
 
-    def _control(self, engine: VLLMLiveEngine, names: list[str]) -> Control:
+    async def _control(self, engine: VLLMLiveEngine, names: list[str]) -> Control:
         key = engine_key(engine.dtype, engine.ranks, engine.vllm_version)
         return Control(
             names[0],
@@ -115,5 +121,19 @@ class LiveServer:
             engine,
             self._folder,
             Canaries(canary_prompts(engine.vocabulary), key),
-            memory_target=self._options.memory_target,
+            memory_target=self._options.memory_target
+            or await default_target(engine, self._folder.path),
         )
+
+
+async def default_target(engine: LiveEngine, folder: Path) -> int:
+    """What is used at start; after a compact restart, with the rows of the start before.
+
+    Else what was swapped out could never come back without ``--memory-target``.
+    """
+    memory, kv = await engine.memory(), await engine.kv()
+    path = folder / ROWS_FILE
+    before = int(path.read_text(encoding="ascii")) if path.exists() else 0
+    rows = max(before, memory.base_rows)
+    write_atomic(path, str(rows).encode())
+    return total_bytes(memory, kv) - memory.base_rows + rows
