@@ -106,6 +106,10 @@ def serve(
         list[Path] | None,
         typer.Option(help="Folder that plans added while serving may lie in; repeatable."),
     ] = None,
+    canary_prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSONL rows with a prompt each, asked at every swap beside our own."),
+    ] = None,
     admin_host: Annotated[str, typer.Option(help="Address of the admin API.")] = "127.0.0.1",
     admin_port: Annotated[int, typer.Option(min=0, max=65535)] = 8001,
     admin_key_file: Annotated[
@@ -131,6 +135,7 @@ def serve(
         spare_rows=spare_rows,
         max_variants=max_variants,
         plan_roots=tuple(plan_root or ()),
+        canary_prompts=canary_prompts,
         admin_host=admin_host,
         admin_port=admin_port,
         admin_key_file=admin_key_file,

@@ -20,7 +20,7 @@ from liveprune.server.allowed_paths import default_roots
 from liveprune.server.audit import AUDIT_FILE, AuditLog
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
-from liveprune.server.golden import Canaries, canary_prompts, engine_key
+from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
 from liveprune.server.live_options import LiveOptions
 from liveprune.server.memory_budget import total_bytes
 from liveprune.server.rebuild import RebuildControl
@@ -55,10 +55,11 @@ class LiveServer:
             public_keys: keys of the public API; they never open the admin API.
 
         Raises:
-            LiveprunError: no usable admin key.
+            LiveprunError: no usable admin key, or unusable canary prompts.
             OSError: the port is taken, or the state folder cannot be written to.
         """
         self._base, self._folder, self._options, self._resident = base, folder, options, resident
+        self._prompts = _own_prompts(options.canary_prompts, base)
         self._rebuild = RebuildFolder(folder.path, base)
         self._audit = AuditLog(options.state / AUDIT_FILE)
         self._keys = server_keys(options.admin_key_file, options.state, public=public_keys)
@@ -120,10 +121,19 @@ class LiveServer:
             self._base,
             engine,
             self._folder,
-            Canaries(canary_prompts(engine.vocabulary), key),
+            Canaries((*canary_prompts(engine.vocabulary), *self._prompts), key),
             memory_target=self._options.memory_target
             or await default_target(engine, self._folder.path),
         )
+
+
+def _own_prompts(path: Path | None, base: Path) -> tuple[tuple[int, ...], ...]:
+    """The operator's canary prompts, by the model's tokenizer."""
+    if path is None:
+        return ()
+    from transformers import AutoTokenizer
+
+    return read_prompts(path, AutoTokenizer.from_pretrained(base).encode)
 
 
 async def default_target(engine: LiveEngine, folder: Path) -> int:

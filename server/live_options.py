@@ -41,6 +41,7 @@ class LiveOptions:
     spare_rows: int | None = None
     max_variants: int = 16
     plan_roots: Sequence[Path] = field(default_factory=tuple)
+    canary_prompts: Path | None = None
     admin_host: str = "127.0.0.1"
     admin_port: int = 8001
     admin_key_file: Path | None = None

@@ -122,8 +122,8 @@ def test_extra_args_refuse_the_flags_that_have_values(helm: Helm) -> None:
         if isinstance(parameter, TyperOption)
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
-    # Not the chart's: mounted keys, which can be rotated without a restart.
-    for flag in sorted(flags - {"--admin-key-file", "--help"}):
+    # Not the chart's: mounted files, such as keys that can be rotated without a restart.
+    for flag in sorted(flags - {"--admin-key-file", "--canary-prompts", "--help"}):
         result = helm(
             "template", "trial", str(CHART), "--set", f"model=m,extraArgs[0]={flag}=somewhere"
         )
