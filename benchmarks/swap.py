@@ -110,7 +110,8 @@ def _report(name: str, found: Json, arguments: argparse.Namespace) -> None:
     {"rates": _print_rates, "load": _print_load}.get(name.partition(",")[0], _print_plain)(found)
     if output := arguments.output:
         whole = json.loads(output.read_text()) if output.exists() else {}
-        settings = {key: str(value) for key, value in vars(arguments).items() if value is not None}
+        left_out = ("folder", "output", "clients")
+        settings = {key: x for key, x in vars(arguments).items() if key not in left_out}
         whole[name] = {"machine": describe_machine(), "settings": settings, **found}
         output.write_text(json.dumps(whole, indent=1) + "\n")
 
@@ -366,8 +367,9 @@ def _write_tokenizer(model: Path, vocabulary: int) -> None:
 
 async def _ask(port: int, model: str, prompt: str, tokens: int) -> list[tuple[float, bytes]]:
     """One streamed answer: every line and when it came; the last one is what went wrong."""
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    content = json.dumps({**body, "stream": True, "ignore_eos": True}).encode()
+    body: Json = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+    content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     lines = [(time.monotonic(), b"")]
@@ -385,7 +387,14 @@ async def _ask(port: int, model: str, prompt: str, tokens: int) -> list[tuple[fl
 
 def _read(prompt: int, lines: Sequence[tuple[float, bytes]]) -> Json:
     found: Json = {"prompt": prompt, "asked": lines[0][0], "header": "", "models": [], "text": ""}
-    found |= {"finish": "", "done": False, "error": "", "times": [], "ended": lines[-1][0]}
+    found |= {
+        "finish": "",
+        "done": False,
+        "error": "",
+        "times": [],
+        "ended": lines[-1][0],
+        "tokens": 0,
+    }
     for when, line in lines[1:]:
         name, _, value = line.decode().strip().partition(": ")
         if name.startswith("HTTP/1.1") and " 200 " not in name:
@@ -400,6 +409,8 @@ def _read(prompt: int, lines: Sequence[tuple[float, bytes]]) -> Json:
             chunk = json.loads(value)
             found["error"] = found["error"] or str(chunk.get("error", ""))
             found["models"] = sorted({*found["models"], chunk.get("model", "")})
+            # Not words of the text: special tokens are not in it.
+            found["tokens"] = (chunk.get("usage") or {}).get("completion_tokens", 0)
             for choice in chunk.get("choices", ()):
                 found["text"] += choice["text"]
                 found["finish"] = choice["finish_reason"] or found["finish"]
@@ -517,7 +528,7 @@ def _judge(
         for before, after in zip(x["times"], x["times"][1:], strict=False)
     ]
     for x in found:
-        cut = not x["done"] or x["finish"] != "length" or len(x["text"].split()) != arguments.tokens
+        cut = not x["done"] or x["finish"] != "length" or x["tokens"] != arguments.tokens
         verdict = "failed" if x["error"] or not x["times"] else "truncated" if cut else "whole"
         answers[verdict] += 1
         if verdict != "whole":
