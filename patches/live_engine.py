@@ -38,6 +38,14 @@ class VLLMLiveEngine:
         return str(self._client.model_config.dtype).removeprefix("torch.")
 
     @property
+    def compiled(self) -> bool:
+        """Whether torch.compile is on, which rounds otherwise."""
+        from vllm.config import CompilationMode
+
+        mode = self._client.vllm_config.compilation_config.mode
+        return bool(mode != CompilationMode.NONE)
+
+    @property
     def ranks(self) -> int:
         """Tensor-parallel ranks."""
         return int(self._client.vllm_config.parallel_config.tensor_parallel_size)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from liveprune.pruning.errors import LiveprunError, PlanError
+from liveprune.pruning.errors import LiveprunError, PlanError, VariantError
 from liveprune.server import cli_live
 from liveprune.server.admin_key import STATE_VARIABLE
 
@@ -48,7 +48,7 @@ def main() -> None:
     try:
         app()
     except (LiveprunError, OSError) as error:
-        Console(stderr=True).print(
+        Console(stderr=True, markup=False, emoji=False).print(
             f"liveprune: {error}", style="red", highlight=False, soft_wrap=True
         )
         sys.exit(2)
@@ -140,6 +140,8 @@ def serve(
         admin_port=admin_port,
         admin_key_file=admin_key_file,
     )
+    if options.insists and not live:
+        raise VariantError("--no-live: found together with --variant or --resident, expected one")
     note = Console(stderr=True)
     note.print(f"liveprune: serving {check_model(model)}", highlight=False, soft_wrap=True)
     try:

@@ -30,7 +30,7 @@ variants_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-console = Console(markup=False, highlight=False, soft_wrap=True)
+console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 UrlOption = Annotated[
     str, typer.Option("--admin-url", envvar=URL_VARIABLE, help="The server's admin API.")
@@ -204,7 +204,7 @@ def _follow(client: AdminClient, operation: dict[str, Any], no_wait: bool, as_js
         try:
             operation = _wait(client, operation)
         except KeyboardInterrupt:
-            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+            Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True).print(
                 f"no longer waiting; it goes on in the server: {_describe(operation)}\n"
                 f"`liveprune operations` shows it, `liveprune cancel {operation['id']}` stops it"
             )

@@ -74,6 +74,14 @@ class Control:
         return self._registry
 
     @property
+    def serving(self) -> str:
+        """What answers, in a few words."""
+        live = ", ".join(sorted(p.served.name for p in self._registry.live.values()))
+        return (
+            f"{live}; {self._registry.name!r} is {self._registry.full_name(self._registry.alias)}"
+        )
+
+    @property
     def golden_mismatches(self) -> int:
         """Times that golden answers differed, for metrics."""
         return self._steps.golden_mismatches
@@ -118,7 +126,10 @@ class Control:
         publication = registry.adopt(variant, live[0])
         reason = await self._steps.golden_difference(publication, [])
         if reason is not None:
-            problems.append(f"{publication.served.name}: golden answers differ: {reason}")
+            problems.append(
+                f"{publication.served.name}: serves all the same, though its golden answers differ "
+                f"from those on record: {reason}"
+            )
         self._steps.restoring = True
         problems += await restore(saved, registry, self._runner)
         self._steps.restoring = False
@@ -196,11 +207,11 @@ class Control:
     async def remove(
         self, tag: str, forget: bool = False, idempotency_key: str | None = None
     ) -> Operation:
-        """Make a variant no longer live.
+        """Make a variant no longer live; one that is not live is forgotten.
 
         Args:
             tag: its tag.
-            forget: delete its plan, too, and know it no longer.
+            forget: delete its plan at once, and know it no longer.
             idempotency_key: the same one returns the same operation.
 
         Raises:
@@ -221,6 +232,7 @@ class Control:
             )
         change = Change.asked("remove", variant, registry)
         change.old = registry.live.get(tag)
+        forget = forget or (change.old is None and variant.plan is not None)
         table = take_out(change, forget=forget) or tidy_up(registry)
         return self._runner.begin(change, table, idempotency_key, asked)
 

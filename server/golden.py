@@ -47,9 +47,10 @@ class Canaries:
         return f"{self.engine_key}-{hashlib.blake2b(asked, digest_size=4).hexdigest()}"
 
 
-def engine_key(dtype: str, tensor_parallel: int, vllm_version: str) -> str:
+def engine_key(dtype: str, tensor_parallel: int, vllm_version: str, *, compiled: bool) -> str:
     """What rounding depends on, as part of a file name."""
-    return f"{dtype}-tp{tensor_parallel}-{vllm_version}"
+    mode = "compiled" if compiled else "eager"
+    return f"{dtype}-{mode}-tp{tensor_parallel}-{vllm_version}"
 
 
 def canary_prompts(vocab_size: int) -> tuple[tuple[int, ...], ...]:

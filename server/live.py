@@ -21,7 +21,7 @@ from liveprune.server.audit import AUDIT_FILE, AuditLog
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
-from liveprune.server.live_options import LiveOptions
+from liveprune.server.live_options import LiveOptions, remember_resident
 from liveprune.server.memory_budget import total_bytes
 from liveprune.server.rebuild import RebuildControl
 from liveprune.server.rebuild_restart import restarting
@@ -75,7 +75,8 @@ class LiveServer:
             else:
                 control = await self._control(front.engine, front.names)
                 for problem in await control.start(self._resident):
-                    logger.warning("not restored: %s", problem)
+                    logger.warning("at start: %s", problem)
+                remember_resident(self._folder, self._options.resident)
             stack.push_async_callback(control.stop)
             metrics = live_metrics.LiveMetrics(control)
             await stack.enter_async_context(live_metrics.published(metrics))
@@ -88,6 +89,7 @@ class LiveServer:
             )
             running = await admin_server.start(app, listener=self._listener)
             stack.push_async_callback(running.stop)
+            logger.info("serving %s, state in %s", control.serving, self._folder.path)
             # None in rebuild mode: requests have no choice there.
             admission.install(control.directory)
             stack.callback(admission.install, None)
@@ -114,7 +116,7 @@ class LiveServer:
         )
 
     async def _control(self, engine: VLLMLiveEngine, names: list[str]) -> Control:
-        key = engine_key(engine.dtype, engine.ranks, engine.vllm_version)
+        key = engine_key(engine.dtype, engine.ranks, engine.vllm_version, compiled=engine.compiled)
         return Control(
             names[0],
             names[1:],

@@ -76,8 +76,11 @@ def read_variants(variants: Sequence[str], spec: ModelSpec) -> dict[str, Plan]:
             raise VariantError(f"--variant: found the tag {tag!r} twice, expected it once")
         if not Path(path).exists():
             raise PlanError(f"--variant {tag}: {path} not found, expected a plan file")
-        plans[tag] = read_any_plan(Path(path), spec)
-        check_plan(plans[tag], spec)
+        try:
+            plans[tag] = read_any_plan(Path(path), spec)
+            check_plan(plans[tag], spec)
+        except PlanError as error:
+            raise PlanError(f"--variant {tag}={path}: {error}") from error
     return plans
 
 
@@ -107,9 +110,14 @@ def note_variants(folder: StateFolder, plans: dict[str, Plan], resident: str | N
         # Whoever starts compact wants the memory: what was live with the whole model is not.
         live = {resident, *plans}
         alias = resident
-    write_atomic(folder.path / RESIDENT_FILE, (resident or "").encode())
-    folder.save(SavedState(known, tuple(sorted(live)), alias, saved.previous, saved.published))
+    # Written only when the engine is up: a start that is refused changes nothing.
+    folder.state = SavedState(known, tuple(sorted(live)), alias, saved.previous, saved.published)
     return None if FULL in live else alias
+
+
+def remember_resident(folder: StateFolder, resident: str | None) -> None:
+    """Note what ``--resident`` said, once the engine has come up with it."""
+    write_atomic(folder.path / RESIDENT_FILE, (resident or "").encode())
 
 
 def _resident_before(folder: StateFolder) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from liveprune.pruning.errors import ConflictError, VariantError
 from liveprune.server.change import Change
 from liveprune.server.operations import Operation, State
 from liveprune.server.swap import Step, Swapper
+
+logger = logging.getLogger("liveprune")
 
 KEPT = 200
 """Operations that can still be asked for."""
@@ -73,6 +76,7 @@ class OperationRunner:
             return earlier
         self.check_free()
         operation = change.operation
+        logger.info("%s %s begins (%s)", operation.kind, operation.variant, operation.id)
         self._operations[operation.id] = operation
         if key is not None:
             self._keys[key] = (asked, operation)
@@ -139,6 +143,10 @@ class OperationRunner:
             operation.notes.append("cancelled before it began")
             operation.state, operation.finished = State.CANCELLED, time.time()
         self.outcomes[operation.kind, operation.state.value] += 1
+        if operation.state is not State.FAILED:  # failures are logged where they happen
+            notes = ", ".join(operation.notes)
+            text = f"{operation.kind} {operation.variant}: {operation.state} {notes}".rstrip()
+            logger.info("%s (%s)", text, operation.id)
         self._current = None
         for old in list(self._operations)[:-KEPT]:
             del self._operations[old]

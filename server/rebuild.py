@@ -43,6 +43,7 @@ def stop_this_server() -> None:
 class RebuildControl:
     """Variants that are checkpoints; the ``ControlPlane`` of a server without routing tables."""
 
+    serving = "one variant at a time (rebuild mode)"
     directory = None
     """Requests have no choice of variant."""
     golden_mismatches = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -51,6 +52,7 @@ def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None
     if live is None:
         run_vllm_server(vllm_arguments(model, flags))
         return
+    log_to_stderr()
     server, config = live
     base = Path(config.checkpoint)
     try:
@@ -83,6 +85,16 @@ def _beside_several(
     address = f"http://{known.host}:{known.port}"
     front = Front(None, "several API servers or engines", names, address)
     return beside(lambda: server.on_front(front))
+
+
+def log_to_stderr() -> None:
+    """Show Liveprune's own log; vLLM sets up only its own."""
+    logger = logging.getLogger("liveprune")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("liveprune: %(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def prepare_live(

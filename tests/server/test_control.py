@@ -183,10 +183,26 @@ def test_nothing_to_do(tmp_path: Path) -> None:
                 assert operation.notes == ["nothing to do"]
                 assert operation.finished is not None
             await w.ended(await w.control.remove("a"))
-            assert (await w.control.remove("a")).notes == ["nothing to do"]
             await w.ended(await w.control.add("a"))
             assert w.engine.calls != calls
             assert w.snapshot()["live"].keys() == before["live"].keys()
+
+    run(test())
+
+
+def test_removing_what_is_not_live_forgets_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as w:
+            await w.add("a", A)
+            await w.ended(await w.control.remove("a"))
+            assert {view.tag: view.state for view in await w.control.variants()} == {
+                "a": "standby",
+                "full": "live",
+            }
+            await w.ended(await w.control.remove("a"))
+            assert [view.tag for view in await w.control.variants()] == ["full"]
+            with pytest.raises(VariantError, match="'a' is unknown"):
+                await w.control.swap("a")
 
     run(test())
 
@@ -410,7 +426,7 @@ def test_golden_answers_outlive_a_restart(tmp_path: Path) -> None:
         engine.corrupt.update({None, B.digest})
         w = World(tmp_path, engine=engine)
         problems = await w.control.start()
-        assert problems[0].startswith("m:full: golden answers differ: prompt 0, token 3")
+        assert problems[0].startswith("m:full: serves all the same, though its golden answers")
         assert "m:b: golden answers differ" in problems[1]
         assert "m:full serves m" in problems[1]
         assert len(problems) == 2

@@ -123,8 +123,9 @@ def test_prompts_fit_the_vocabulary_and_never_change(vocabulary: int) -> None:
 
 
 def test_the_key_names_engine_and_questions() -> None:
-    key = engine_key("bfloat16", 2, "0.32.0+cpu")
-    assert key == "bfloat16-tp2-0.32.0+cpu"
+    key = engine_key("bfloat16", 2, "0.32.0+cpu", compiled=False)
+    assert key == "bfloat16-eager-tp2-0.32.0+cpu"
+    assert engine_key("bfloat16", 2, "0.32.0+cpu", compiled=True) != key
     one = Canaries(((1, 2),), key)
     assert one.key.startswith(f"{key}-")
     assert Canaries(((1, 2),), key).key == one.key

@@ -17,6 +17,7 @@ from liveprune.server.live_options import (
     note_variants,
     parse_bytes,
     read_variants,
+    remember_resident,
 )
 from liveprune.server.state_folder import StateFolder
 
@@ -47,7 +48,7 @@ def test_plans_are_read_by_tag_and_checked_at_once(base: Path, tmp_path: Path) -
         ("a", VariantError, "expected TAG=PLAN"),
         ("full=x", VariantError, "reserved"),
         ("a=missing.json", PlanError, "missing.json not found"),
-        (f"a={tmp_path / 'other.json'}", PlanError, "9 layers"),
+        (f"a={tmp_path / 'other.json'}", PlanError, "--variant a=.*other.json: .*9 layers"),
     ):
         with pytest.raises(error, match=words):
             read_variants([text], spec)
@@ -68,12 +69,14 @@ def test_resident_decides_once_then_what_was_swapped_in_since(folder: StateFolde
     assert note_variants(folder, {"a": plan(1)}, "a") == "a"
     assert folder.state.live == ("a",)
     assert folder.state.alias == "a"
+    remember_resident(folder, "a")
     # The operator swaps to the whole model; a restart by the same command line keeps that.
     folder.save(replace(folder.state, live=("full",), alias="full"))
     assert note_variants(folder, {}, "a") is None
     assert folder.state.alias == "full"
     # Without the flag, and then with it anew, it decides again.
     assert note_variants(folder, {}, None) is None
+    remember_resident(folder, None)
     assert note_variants(folder, {}, "a") == "a"
     assert folder.state.live == ("a",)
 
@@ -81,6 +84,15 @@ def test_resident_decides_once_then_what_was_swapped_in_since(folder: StateFolde
 def test_a_compact_state_starts_compact_without_the_flag(folder: StateFolder) -> None:
     note_variants(folder, {"a": plan(1)}, "a")
     assert note_variants(folder, {}, None) == "a"
+
+
+def test_nothing_is_written_until_the_engine_is_up(folder: StateFolder, base: Path) -> None:
+    note_variants(folder, {"a": plan(1)}, "a")
+    folder.close()
+    again = StateFolder(folder.path, base)
+    assert again.state.live == ("full",)
+    assert again.state.variants == {}
+    again.close()
 
 
 def test_resident_must_be_a_variant(folder: StateFolder) -> None:
