@@ -44,6 +44,12 @@ SKIP_WEIGHT = Seam(
     ("weight_name", "local_expert_ids"),
 )
 SKIP_WEIGHT_USERS = ("vllm.model_executor.model_loader.weight_utils",)
+PROCESS_MODEL = Seam(
+    "vllm.model_executor.model_loader.utils",
+    "process_weights_after_loading",
+    ("model", "model_config", "target_device"),
+)
+PROCESS_MODEL_USERS = ("vllm.model_executor.model_loader.base_loader",)
 SELECT_FORWARD = Seam(
     "vllm.model_executor.layers.fused_moe.runner.moe_runner",
     "MoERunner._select_forward",
@@ -76,6 +82,19 @@ def wrap_process_weights(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, layer)
             return
         self._init_moe_kernel(layer)
+
+    return process_weights_after_loading
+
+
+def wrap_process_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Note the bytes of the other weights: on a CPU, packing consumes their parameters."""
+
+    def process_weights_after_loading(model: Any, *args: Any, **kwargs: Any) -> None:
+        if _skipped:
+            model.liveprune_weight_bytes = sum(
+                x.numel() * x.element_size() for x in model.parameters() if not x.is_meta
+            )
+        original(model, *args, **kwargs)
 
     return process_weights_after_loading
 

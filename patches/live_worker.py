@@ -271,11 +271,7 @@ class LiveWorker:
             self._batch.default = min(live)
 
     def _start(self, config: LiveConfig) -> None:
-        self._other_weights = sum(
-            x.numel() * x.element_size()
-            for name, x in self._model.named_parameters()
-            if not name.endswith(("routed_experts.w13_weight", "routed_experts.w2_weight"))
-        )
+        self._other_weights = int(self._model.liveprune_weight_bytes)
         slot = config.resident_slot
         self.prepare(slot, config.resident_plan)
         self._slots[slot].task.wait()

@@ -56,6 +56,11 @@ PATCHES: tuple[Patch, ...] = (
         live_loading.wrap_should_skip_weight,
         live_loading.SKIP_WEIGHT_USERS,
     ),
+    Patch(
+        live_loading.PROCESS_MODEL,
+        live_loading.wrap_process_model,
+        live_loading.PROCESS_MODEL_USERS,
+    ),
     Patch(live_loading.SELECT_FORWARD, live_loading.wrap_select_forward),
     Patch(live_loading.LOAD_MODEL, live_loading.wrap_load_model),
     Patch(kv_growth.GET_CONFIGS, kv_growth.wrap_get_kv_cache_configs, kv_growth.CONFIG_USERS),

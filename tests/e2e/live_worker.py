@@ -112,7 +112,7 @@ class LiveJob:
             outcome["freed"][tag] = self.release()
             outcome["compact"][tag] = self.generate([tag])[tag]
             outcome["compact"][f"{tag} memory"] = self.call("memory")
-        for tag in ("base", *tags):
+        for tag in ("base", *job["plans"]):
             if tag not in self.slots:
                 self.make_live(tag)
         outcome["whole"] = self.generate(list(self.slots))

@@ -162,6 +162,14 @@ def test_rows_come_back_byte_for_byte(
     assert crcs["counts"] == sorted(outcome["before"]["counts"].items())
 
 
+def test_the_other_weights_are_counted(
+    eager_live: dict[str, Any], base_model: Callable[[str], Path]
+) -> None:
+    parameters = cases.reference_model(base_model("mixtral"), None).named_parameters()
+    others = sum(4 * x.numel() for name, x in parameters if ".experts." not in name)
+    assert eager_live["mixtral"]["memory"]["other_weights"] == others
+
+
 def test_wrong_operations_are_refused_and_change_nothing(eager_live: dict[str, Any]) -> None:
     """What follows in the same engine (``compact``, ``whole``) is checked by the tests above."""
     refused = eager_live["mixtral"]["refusals"]
