@@ -17,10 +17,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 from liveprune.patches.compat import Seam
-from liveprune.patches.live_types import BASE_SLOT, EXTRA_ARG, Served
-
-BASE_TAG = "full"
-"""``name:full`` is the base model."""
+from liveprune.patches.live_types import BASE_SLOT, BASE_TAG, EXTRA_ARG, Served
 
 IS_MODEL_SUPPORTED = Seam(
     "vllm.entrypoints.serve.engine.serving",

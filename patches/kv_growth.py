@@ -16,6 +16,7 @@ from typing import Any
 
 from liveprune.patches.compat import Seam
 from liveprune.patches.kv_pool import KVPool
+from liveprune.patches.live_config import live_config
 from liveprune.patches.live_types import KVStatus
 from liveprune.pruning.errors import EngineError
 
@@ -67,13 +68,12 @@ def wrap_get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any
         vllm_config: Any, kv_cache_specs: Any, available_memory: Any
     ) -> list[Any]:
         configs: list[Any] = original(vllm_config, kv_cache_specs, available_memory)
-        additional = vllm_config.additional_config
-        live = additional.get("liveprune") if isinstance(additional, dict) else None
+        live = live_config(vllm_config)
         # HiSparse keeps blocks on the host too, in a pool of its own.
         hisparse = vllm_config.attention_config.hisparse_config is not None
-        if not isinstance(live, dict) or hisparse or not configs[0].kv_cache_tensors:
+        if live is None or hisparse or not configs[0].kv_cache_tensors:
             return configs
-        status = _plan(vllm_config, configs, live.get("kv_extra_bytes", 0))
+        status = _plan(vllm_config, configs, live.kv_extra_bytes)
         for config in configs:
             _extend(vllm_config, config, status.max_blocks)
             setattr(config, _STATUS, status)

@@ -26,7 +26,6 @@ class LiveConfig:
     """Rows for merged experts in each layer; address space only, until used."""
     kv_extra_bytes: int
     """What expert rows could give to the KV cache at most."""
-    fill_threads: int = 2
     resident_slot: int = 0
     """The slot that is live at start: 0, the base model, or that of ``resident_plan``."""
     resident_plan: str | None = None
@@ -42,7 +41,7 @@ def live_config(vllm_config: Any) -> LiveConfig | None:
     """Read it back from vLLM's config; None where live variants are off."""
     additional = vllm_config.additional_config
     fields = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
-    return LiveConfig(**fields) if fields is not None else None
+    return LiveConfig(**fields) if isinstance(fields, dict) else None
 
 
 def why_off(vllm_config: Any) -> str:

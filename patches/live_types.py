@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 BASE_SLOT = 0
 """The slot of the base model; the variants' slots follow."""
+BASE_TAG = "full"
+"""``name:full`` is the base model."""
 EXTRA_ARG = "liveprune"
 """Key of ``SamplingParams.extra_args`` under which a request carries its variant."""
 

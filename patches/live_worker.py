@@ -74,7 +74,6 @@ class LiveWorker:
             reader,
             {index: layer.packing for index, layer in self._layers.items()},
             {index: layer.rows for index, layer in self._layers.items()},
-            threads=config.fill_threads,
             protect=lambda: self._lock,
         )
         self._slots: dict[int, Slot] = {}
@@ -161,7 +160,7 @@ class LiveWorker:
         with self._lock:
             for layer in self._layers.values():
                 used = self._needed(layer) | self._filler.claimed(layer.index)
-                count = max(RELEASE_BYTES // layer.rows.row_bytes, 1)
+                count = max((RELEASE_BYTES - freed) // layer.rows.row_bytes, 1)
                 idle = sorted(layer.rows.resident - used)[:count]
                 freed += self._give_back(layer, idle)
                 if freed >= RELEASE_BYTES:
@@ -216,10 +215,11 @@ class LiveWorker:
         Raises:
             EngineError: naming slot, layer and rows.
         """
+        live = [slot for slot, found in self._slots.items() if found.live]
         for layer in self._layers.values():
-            for slot, found in self._slots.items():
+            for slot in live:
                 missing = layer.tables.needed_rows(slot) - layer.rows.resident
-                if found.live and missing:
+                if missing:
                     raise EngineError(
                         f"slot {slot}, layer {layer.index}: rows {sorted(missing)} are not "
                         f"resident, expected all that its table names"

@@ -38,7 +38,6 @@ MIDDLEWARE = (
     "liveprune.server.variant_middleware.VariantMiddleware",
 )
 ADDITIONAL_CONFIG = "--additional-config"
-_NAME = "--served-model-name"
 
 
 def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None:
@@ -60,7 +59,7 @@ def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None
             if checkpoint == base:
                 arguments = vllm_arguments(model, flags, config)
             else:  # rebuild mode: another checkpoint under the same name
-                named = () if _NAME in flags else (_NAME, model)
+                named = () if _known(flags).served_model_name else ("--served-model-name", model)
                 arguments = vllm_arguments(str(checkpoint), [*flags, *named])
             with _beside_several(server, model, flags):
                 run_vllm_server(arguments, server.on_front)
@@ -72,13 +71,7 @@ def _beside_several(
     server: LiveServer, model: str, flags: Sequence[str]
 ) -> AbstractContextManager[None]:
     """Several API servers are processes of their own: the admin API then runs beside them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--api-server-count", "--data-parallel-size"):
-        parser.add_argument(name, type=int, default=1)
-    parser.add_argument(_NAME, nargs="*")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    known, _ = parser.parse_known_args(list(flags))
+    known = _known(flags)
     if known.api_server_count <= 1 and known.data_parallel_size <= 1:
         return nullcontext()
     names = known.served_model_name or [model]
@@ -129,7 +122,7 @@ def prepare_live(
         digest = folder.state.variants.get(resident) if resident is not None else None
         plan = None if digest is None else folder.plan_path(digest)
         config = make_config(base, spec, options, plan)
-        return LiveServer(base, folder, options, resident, _public_keys(flags)), config
+        return LiveServer(base, folder, options, resident, _known(flags).api_key), config
     except BaseException:
         folder.close()
         raise
@@ -191,11 +184,16 @@ def _other_door(flags: Sequence[str]) -> str | None:
     return None
 
 
-def _public_keys(flags: Sequence[str]) -> list[str]:
-    """Keys of the public API, which must not open the admin API as well."""
+def _known(flags: Sequence[str]) -> argparse.Namespace:
+    """Those of vLLM's flags that matter to us, whichever way they are spelled."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--api-server-count", "--data-parallel-size"):
+        parser.add_argument(name, type=int, default=1)
+    parser.add_argument("--served-model-name", nargs="*")
     parser.add_argument("--api-key", nargs="*", action="extend", default=[])
-    return list(parser.parse_known_args(list(flags))[0].api_key)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    return parser.parse_known_args(list(flags))[0]
 
 
 def _take_config(flags: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from liveprune.patches.live_types import BASE_TAG
 from liveprune.pruning.errors import VariantError
 from liveprune.pruning.foreign import read_any_plan
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 
-FULL = "full"
+FULL = BASE_TAG
 """Tag of the base model."""
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

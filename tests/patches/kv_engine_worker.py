@@ -40,6 +40,7 @@ class Engine:
         from vllm import LLM
 
         from liveprune.patches.kv_growth import kv_pool_of
+        from liveprune.patches.live_config import LiveConfig
 
         self.prompts = prompts
         self.sizes: list[int] = []
@@ -55,7 +56,7 @@ class Engine:
             skip_tokenizer_init=True,
             disable_log_stats=True,
             seed=0,
-            additional_config={"liveprune": {"kv_extra_bytes": 200 * 24576}},
+            additional_config=LiveConfig(model, 2, 0, 200 * 24576).to_additional_config(),
         )
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from liveprune.patches.kv_growth import (
     wrap_initialize_from_config,
     wrap_scheduler_kv_cache_config,
 )
+from liveprune.patches.live_config import LiveConfig
 from liveprune.patches.live_types import KVStatus
 from liveprune.pruning.errors import EngineError
 
@@ -58,6 +60,8 @@ def make_config(
             warnings.simplefilter("ignore")
             config = arguments.create_engine_config()
         # Set afterwards: only the planning of the cache is to see it.
+        if isinstance(live, dict):
+            live = asdict(LiveConfig("model", 2, 0, live.get("kv_extra_bytes", 0)))
         config.additional_config = {} if live is None else {"liveprune": live}
         config.cache_config.kv_cache_layout = "LBHNC"
         return config
