@@ -114,9 +114,9 @@ def load_rows(
     if not contents:
         raise DataError(f"{path}: found no rows, expected at least 1")
     is_text = any(not isinstance(content, np.ndarray) for _, content in contents)
-    tokenizer = _tokenizer(model) if is_text else None
+    tokenizer = load_tokenizer(model) if is_text else None
     rows = [
-        _checked(_encode(content, tokenizer, where)[:max_tokens], vocab_size, where)
+        checked_ids(_encode(content, tokenizer, where)[:max_tokens], vocab_size, where)
         for where, content in contents
     ]
     return Rows(tuple(rows))
@@ -166,13 +166,18 @@ def _content(row: Mapping[str, Any], where: str) -> Content:
             raise DataError(f"{where}: input_ids is {value!r:.60}, expected a list of integers")
         return np.asarray(value, np.int64)
     if form == "messages":
-        return _messages(value, where)
+        return chat_messages(value, where)
     if not isinstance(value, str):
         raise DataError(f"{where}: {form} is {type(value).__name__}, expected a string")
-    return value if form == "text" else value + _answer(row, where)
+    return value if form == "text" else value + right_answer(row, where)
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
+def chat_messages(value: Any, where: str) -> list[dict[str, str]]:
+    """Check the ``messages`` of a row: not empty, each with a role and a content.
+
+    Raises:
+        DataError: naming ``where``.
+    """
     wanted = "a list of objects with the strings role and content"
     if not _is_list_of(value, dict) or not value:
         raise DataError(f"{where}: messages is {value!r:.60}, expected {wanted}")
@@ -182,7 +187,12 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     return list(value)
 
 
-def _answer(row: Mapping[str, Any], where: str) -> str:
+def right_answer(row: Mapping[str, Any], where: str) -> str:
+    """Return the text of the right answer of a row with a prompt: its answer, or that choice.
+
+    Raises:
+        DataError: naming ``where``.
+    """
     answer = row.get("answer")
     if "choices" not in row:
         if not isinstance(answer, str):
@@ -200,7 +210,12 @@ def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _tokenizer(model: Path) -> Any:
+def load_tokenizer(model: Path) -> Any:
+    """Load the tokenizer beside a checkpoint; code that comes with it is never run.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -226,7 +241,12 @@ def _encode(content: Content, tokenizer: Any, where: str) -> TokenIds:
     return np.asarray(ids, np.int64)
 
 
-def _checked(ids: TokenIds, vocab_size: int, where: str) -> TokenIds:
+def checked_ids(ids: TokenIds, vocab_size: int, where: str) -> TokenIds:
+    """Return ``ids``, one or more, each within the model's vocabulary.
+
+    Raises:
+        DataError: naming ``where``.
+    """
     if not len(ids):
         raise DataError(f"{where}: found no tokens, expected at least 1")
     bad = ids[(ids < 0) | (ids >= vocab_size)]
