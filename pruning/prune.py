@@ -26,6 +26,13 @@ from liveprune.pruning.calibration.statistics import RoutingStatistics
 from liveprune.pruning.calibration.weights import Weights
 from liveprune.pruning.errors import DataError, PlanError
 from liveprune.pruning.methods import Method, find_method
+from liveprune.pruning.methods.moeits_plan import (
+    check_options,
+    compare_experts,
+    counts_by_tau,
+    least,
+    removals_to_json,
+)
 from liveprune.pruning.model_name import model_name
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
@@ -42,7 +49,9 @@ def make_plan(
     model: Path,
     *,
     method: str,
-    experts: str | float | Sequence[int],
+    experts: str | float | Sequence[int] | None = None,
+    tau: float | None = None,
+    nmi: str = "plain",
     top_k: int | Sequence[int] | None = None,
     calibration: Path | None = None,
     seed: int = 0,
@@ -55,16 +64,20 @@ def make_plan(
     statistics_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Make the plan that ``method`` gives for ``model`` under the budget ``experts``.
+    """Make the plan that ``method`` gives for ``model`` under a budget, or at ``tau``.
 
     Args:
         model: Checkpoint folder.
         method: A name from ``METHODS``.
-        experts: Budget, see ``budget``: a count, a fraction kept, or a list per layer.
+        experts: Budget, see ``budget``: a count, a fraction kept, or a list per layer. Required,
+            but for ``moeits`` with ``tau``.
+        tau: For ``moeits`` in place of ``experts``: each layer keeps what the threshold
+            mean + tau * IQR leaves, at least what it can be served with.
+        nmi: For ``moeits``: ``plain``, or a control: ``shuffled``, ``corrected`` (see ``nmi``).
         top_k: Active experts; None keeps the model's.
         calibration: JSONL rows (see ``calibration.rows``); read only if the method, or
             ``keep_super_experts``, needs them.
-        seed: For methods that draw.
+        seed: For methods and estimators that draw.
         allocate: ``uniform``, or ``global`` to share one total out over the layers.
         skip_layers: Indices of layers left as they are.
         keep_super_experts: Never prune experts with outlying activations (methods.md, 5.5).
@@ -83,42 +96,55 @@ def make_plan(
     """
     chosen = find_method(method)
     spec = ModelSpec.from_path(model)
-    budget = parse_budget(experts)
+    check_options(chosen, experts, tau, nmi, allocate, spec.router)
+    budget = parse_budget(1.0 if experts is None else experts)
     budgets = layer_budgets(spec, budget, top_k=top_k, skip_layers=skip_layers, allocate=allocate)
-    _check_before_pass(budgets, spec)
+    _check_before_pass(budgets if tau is None else least(budgets), spec)
     needs_rows = chosen.needs_calibration or keep_super_experts
     if needs_rows:
         _check_device(device)
     if statistics_cache is not None and statistics_cache.exists() and not statistics_cache.is_dir():
         raise DataError(f"statistics cache {statistics_cache}: found a file, expected a folder")
-    reads_weights = needs_rows or chosen.from_weights is not None
-    weights = Weights(model, spec) if reads_weights else None
+    weights = Weights(model, spec) if needs_rows or chosen.reads_weights else None
     rows = _rows(model, spec, chosen, calibration, max_tokens, max_rows) if needs_rows else None
     statistics = None
     if rows is not None and weights is not None:
         statistics = _statistics(weights, rows, device, statistics_cache, progress)
-    scores = _scores(chosen, spec, statistics, weights, seed, progress)
+    removals = {}
+    if chosen.from_pairs is not None and weights is not None:
+        removals = compare_experts(chosen, weights, budgets, nmi, seed, progress)
+        # A skipped layer keeps all: any score will do.
+        scores = {x.index: np.zeros(x.experts) for x in spec.layers}
+        scores |= {index: item.scores() for index, item in removals.items()}
+    else:
+        scores = _scores(chosen, spec, statistics, weights, seed, progress)
     protected = statistics.super_experts() if statistics and keep_super_experts else {}
     budgets, ranked = _protect(budgets, scores, protected, spec)
     counts = {item.layer.index: item.keep for item in budgets}
     if allocate == "global":
         total = global_total(budgets, budget, spec.router)
         counts = allocate_global(budgets, ranked, total, spec.router)
+    if tau is not None:
+        counts = counts_by_tau(removals, tau, budgets, protected)
     _check_protected(budgets, counts, protected)
     lineage = Lineage(
         method=chosen.name,
         parameters={
-            "experts": experts if isinstance(experts, str | int | float) else list(experts),
+            "experts": experts if isinstance(experts, str | int | float | None) else list(experts),
             "top_k": top_k if top_k is None or isinstance(top_k, int) else list(top_k),
             "allocate": allocate,
             "skip_layers": sorted(skip_layers),
             "keep_super_experts": keep_super_experts,
             **({"max_tokens": max_tokens, "max_rows": max_rows} if rows else {}),
+            **({"tau": tau, "nmi": nmi} if removals else {}),
         },
-        seed=seed if chosen.from_seed is not None else None,
+        seed=seed if chosen.from_seed is not None or nmi != "plain" else None,
         calibration=rows.digest if rows else None,
-        versions=_versions(),
-        scores=_scores_to_json(scores, protected),
+        versions=installed_versions(),
+        scores={
+            **_scores_to_json(scores, protected),
+            **({"removals": removals_to_json(removals, tau, counts)} if removals else {}),
+        },
     )
     kept = {i: select(ranked[i], count, spec.router, i) for i, count in counts.items()}
     plan = _plan(spec, budgets, kept, lineage, model_name(model))
@@ -265,7 +291,8 @@ def _scores_to_json(
     return form
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Versions of what a plan's numbers hang on."""
     found = {}
     for name in ("liveprune", "torch", "transformers", "numpy"):
         try:

@@ -14,6 +14,7 @@ from liveprune.pruning.methods.frequency import FREQUENCY
 from liveprune.pruning.methods.gate_norm import GATE_NORM
 from liveprune.pruning.methods.man import MAN
 from liveprune.pruning.methods.method import Method
+from liveprune.pruning.methods.moeits import MOEITS
 from liveprune.pruning.methods.msan import MSAN
 from liveprune.pruning.methods.random_choice import RANDOM
 from liveprune.pruning.methods.reap import REAP
@@ -37,6 +38,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             REAP,
             EASY_EP,
             AIMER,
+            MOEITS,
             WEIGHT_NORM,
             GATE_NORM,
         )
