@@ -10,7 +10,8 @@ from typing import Any
 
 from liveprune.patches.kv_growth import kv_pool_of
 from liveprune.patches.live_types import EXTRA_ARG
-from liveprune.pruning.errors import LiveprunError
+from liveprune.pruning.errors import EngineError, LiveprunError
+from liveprune.pruning.evaluation.engine import AnswerScores
 
 Reply = dict[str, Any]
 Operation = Callable[[Any, str, dict[str, Any]], Any]
@@ -74,6 +75,24 @@ def _resize_kv(core: Any, _: str, arguments: dict[str, Any]) -> dict[str, int]:
     return pool.status()
 
 
+def _score(core: Any, operation: str, arguments: dict[str, Any]) -> list[AnswerScores | None]:
+    """Lend the workers KV blocks that no request has, for the time of the call."""
+    pool = core.scheduler.kv_cache_manager.block_pool
+    size = core.vllm_config.cache_config.block_size
+    lengths = [len(row.prompt) + len(row.answer) - 1 for row in arguments["rows"]]
+    free, least = pool.get_num_free_blocks(), -(-max(lengths) // size)
+    if free < least:
+        raise EngineError(f"scoring needs {least} KV blocks for its longest row, found {free} free")
+    wanted = len(arguments["slots"]) * sum(-(-length // size) for length in lengths)
+    blocks = pool.get_new_blocks(min(free, wanted))
+    try:
+        ids = [block.block_id for block in blocks]
+        scores: list[AnswerScores | None] = _workers(core, operation, {**arguments, "blocks": ids})
+        return scores
+    finally:
+        pool.free_blocks(blocks)
+
+
 def _first(values: Sequence[Any]) -> Any:
     return values[0]
 
@@ -99,7 +118,12 @@ def _by_rank(values: Sequence[dict[str, int]]) -> dict[str, int]:
     return {f"{rank}/{key}": crc for rank, value in enumerate(values) for key, crc in value.items()}
 
 
-_OWN: dict[str, Operation] = {"retire": _retire, "kv": _kv, "resize_kv": _resize_kv}
+_OWN: dict[str, Operation] = {
+    "retire": _retire,
+    "kv": _kv,
+    "resize_kv": _resize_kv,
+    "score": _score,
+}
 _MERGE: dict[str, Callable[[Sequence[Any]], Any]] = {
     "progress": _least_advanced,
     "release": sum,

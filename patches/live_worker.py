@@ -17,12 +17,16 @@ from typing import Any
 import torch
 
 from liveprune.patches import kv_memory
+from liveprune.patches.candidates import Candidates
 from liveprune.patches.expert_reader import ExpertReader
 from liveprune.patches.live_config import LiveConfig
 from liveprune.patches.live_layers import LiveLayer, batch_slots, find_layers
+from liveprune.patches.live_types import BASE_SLOT
+from liveprune.patches.packed_forward import PackedForward
 from liveprune.patches.row_assignment import Assignment, assign_rows
 from liveprune.patches.row_filler import FillTask, MergeJob, RowFiller
 from liveprune.pruning.errors import EngineError, LiveprunError
+from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Plan
 from liveprune.pruning.plan_guards import check_plan
@@ -77,6 +81,7 @@ class LiveWorker:
             protect=lambda: self._lock,
         )
         self._slots: dict[int, Slot] = {}
+        self._candidates = Candidates(self._layers, self._spec)
         self._start(config)
 
     def call(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +93,7 @@ class LiveWorker:
 
     def prepare(self, slot: int, plan: str | None) -> None:
         """Start filling the rows of a slot; see ``server.engine.LiveEngine``."""
-        if slot in self._slots:
+        if slot in self._slots or slot in self._candidates.slots:
             raise EngineError(f"slot {slot}: in use, expected a free slot")
         if any(other.task.running for other in self._slots.values()):
             raise EngineError("another variant's rows are being filled; one at a time")
@@ -201,6 +206,39 @@ class LiveWorker:
             for row in sorted(self._slot(slot).assignments[layer.index].needed)
         }
 
+    def stage(self, plans: list[Plan | None]) -> list[int]:
+        """Make candidates live until ``unstage``: as many as fit; see ``Candidates.stage``."""
+        if BASE_SLOT not in self._slots or not self._slots[BASE_SLOT].live:
+            raise EngineError("candidates expect the full model to be live")
+        self.unstage()
+        slots = [slot for slot in range(self._config.slots) if slot not in self._slots]
+        with self._lock:
+            free = {index: self._unused_spare(layer) for index, layer in self._layers.items()}
+            try:
+                staged = self._candidates.stage(plans, slots, free)
+                self._check()
+            except LiveprunError:
+                self.unstage()
+                raise
+        self._expose()
+        return staged
+
+    def unstage(self) -> None:
+        """Take the candidates away."""
+        self._candidates.clear()
+
+    def score(
+        self, slots: list[int], rows: list[TokenRow], blocks: list[int], against_full: bool
+    ) -> list[AnswerScores | None]:
+        """Score answers under staged slots, with KV blocks of their own."""
+        forward = PackedForward(self._runner, self._batch)
+        try:
+            return self._candidates.score(
+                forward, self._model.compute_logits, slots, rows, blocks, against_full=against_full
+            )
+        finally:
+            self._batch.reset()
+
     def commit_blocks(self, ids: list[int]) -> None:
         """Give KV blocks memory, before the scheduler may use them."""
         kv_memory.commit_blocks(self._runner, ids)
@@ -216,6 +254,7 @@ class LiveWorker:
             EngineError: naming slot, layer and rows.
         """
         live = [slot for slot, found in self._slots.items() if found.live]
+        live += self._candidates.slots
         for layer in self._layers.values():
             for slot in live:
                 missing = layer.tables.needed_rows(slot) - layer.rows.resident
@@ -226,15 +265,21 @@ class LiveWorker:
                     )
 
     def _needed(self, layer: LiveLayer) -> frozenset[int]:
-        """Rows of all slots, live or being prepared."""
-        return frozenset().union(*(x.assignments[layer.index].needed for x in self._slots.values()))
+        """Rows of all slots, live, being prepared or staged."""
+        return self._candidates.needed(layer.index).union(
+            *(x.assignments[layer.index].needed for x in self._slots.values())
+        )
+
+    def _unused_spare(self, layer: LiveLayer) -> list[int]:
+        """Spare rows that nothing needs."""
+        taken = self._needed(layer) | self._filler.claimed(layer.index)
+        rows = range(layer.experts, layer.experts + self._config.spare_rows)
+        return [row for row in rows if row not in taken]
 
     def _free_spare(self, layer: LiveLayer) -> list[int]:
         """Spare rows that nothing needs; what a slot before left in them is given back."""
         with self._lock:
-            taken = self._needed(layer) | self._filler.claimed(layer.index)
-            rows = range(layer.experts, layer.experts + self._config.spare_rows)
-            free = [row for row in rows if row not in taken]
+            free = self._unused_spare(layer)
             self._give_back(layer, layer.rows.resident.intersection(free))
         return free
 
@@ -308,6 +353,9 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "release": LiveWorker.release,
     "memory": LiveWorker.memory,
     "checksums": LiveWorker.checksums,
+    "stage": LiveWorker.stage,
+    "unstage": LiveWorker.unstage,
+    "score": LiveWorker.score,
     "commit_blocks": LiveWorker.commit_blocks,
     "release_blocks": LiveWorker.release_blocks,
 }

@@ -11,8 +11,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-SMALLEST_SUM = 1e-9
-"""Mapped scores may be negative, so their sum may come near zero: it is kept this far from it."""
+from liveprune.pruning.plan import SMALLEST_SUM
 
 
 def route(

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from liveprune.patches.router_map import SMALLEST_SUM
 from liveprune.patches.routing_tables import LayerTables
 from liveprune.pruning.errors import ArchitectureError
+from liveprune.pruning.plan import SMALLEST_SUM
 
 _REFUSED = (
     "custom_routing_function",
