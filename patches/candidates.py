@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from liveprune.patches.answer_scoring import ComputeLogits, score_answers
+from liveprune.patches.answer_states import answer_states
 from liveprune.patches.live_layers import LiveLayer
 from liveprune.patches.live_types import BASE_SLOT
 from liveprune.patches.packed_forward import PackedForward
@@ -25,9 +26,6 @@ from liveprune.pruning.plan_guards import check_plan
 
 REFERENCE_BYTES = 1 << 28
 """Hidden states of the full model that are kept for later calls, at most."""
-FULL_PASS = 512
-"""Tokens from which a pass gains nothing from more on a CPU, and is kept to one plan: a batch of
-one variant takes the lean path."""
 
 
 class Candidates:
@@ -104,17 +102,17 @@ class Candidates:
             compute_logits: of the model.
             slots: staged, or the base's.
             rows: none longer than ``forward.max_tokens`` + 1.
-            blocks: KV blocks for at least the longest row.
+            blocks: KV blocks that nobody else uses; see ``answer_states``.
             against_full: also compare with the full model, which must be live.
         """
         reference = None
         if against_full:
             missing = [row for row in dict.fromkeys(rows) if row not in self._reference]
-            full = self._states(forward, [BASE_SLOT], missing, blocks)
+            full = answer_states(forward, [BASE_SLOT], missing, blocks)
             self._reference.update(zip(missing, full, strict=True))
             reference = torch.cat([self._reference[row] for row in rows])
             self._bound_reference()
-        states = self._states(forward, slots, rows, blocks)
+        states = answer_states(forward, slots, rows, blocks)
         targets = np.concatenate([np.array(row.answer, np.int64) for row in rows])
         on_device = torch.from_numpy(targets).to(states[0].device)
         vocabulary = int(self._spec.config["vocab_size"])
@@ -183,48 +181,7 @@ class Candidates:
         for layer in self._layers.values():
             layer.tables.clear(slot)
 
-    def _states(
-        self,
-        forward: PackedForward,
-        slots: Sequence[int],
-        rows: Sequence[TokenRow],
-        blocks: Sequence[int],
-    ) -> list[torch.Tensor]:
-        """Hidden states [answer, hidden] that predict each answer, slot by slot."""
-        texts = [np.array([*row.prompt, *row.answer[:-1]], np.int32) for row in rows]
-        found: list[torch.Tensor] = []
-        for part in _passes([len(text) for text in texts], len(slots), forward, len(blocks)):
-            hidden = forward(
-                [texts[i % len(rows)] for i in part],
-                [slots[i // len(rows)] for i in part],
-                blocks,
-            )
-            end = 0
-            for i in part:
-                end += len(texts[i % len(rows)])
-                found.append(hidden[end - len(rows[i % len(rows)].answer) : end])
-        return found
-
     def _bound_reference(self) -> None:
         size = sum(states.nbytes for states in self._reference.values())
         while size > REFERENCE_BYTES:
             size -= self._reference.pop(next(iter(self._reference))).nbytes
-
-
-def _passes(
-    lengths: Sequence[int], plans: int, forward: PackedForward, blocks: int
-) -> list[list[int]]:
-    """Which (plan, row) pairs, counted plan by plan, share a pass."""
-    passes: list[list[int]] = [[]]
-    tokens = used = 0
-    for i in range(plans * len(lengths)):
-        length = lengths[i % len(lengths)]
-        needed = forward.blocks_needed(length)
-        is_next_plan = i % len(lengths) == 0
-        full = tokens + length > forward.max_tokens or used + needed > blocks
-        if passes[-1] and (full or (is_next_plan and forward.on_cpu and tokens >= FULL_PASS)):
-            passes.append([])
-            tokens = used = 0
-        passes[-1].append(i)
-        tokens, used = tokens + length, used + needed
-    return passes

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from liveprune.patches.answer_states import blocks_needed
 from liveprune.patches.kv_growth import kv_pool_of
 from liveprune.patches.live_types import EXTRA_ARG
 from liveprune.pruning.errors import EngineError, LiveprunError
@@ -79,11 +80,11 @@ def _score(core: Any, operation: str, arguments: dict[str, Any]) -> list[AnswerS
     """Lend the workers KV blocks that no request has, for the time of the call."""
     pool = core.scheduler.kv_cache_manager.block_pool
     size = core.vllm_config.cache_config.block_size
-    lengths = [len(row.prompt) + len(row.answer) - 1 for row in arguments["rows"]]
-    free, least = pool.get_num_free_blocks(), -(-max(lengths) // size)
+    needed = [blocks_needed(row, size) for row in arguments["rows"]]
+    free, least = pool.get_num_free_blocks(), max(needed)
     if free < least:
         raise EngineError(f"scoring needs {least} KV blocks for its longest row, found {free} free")
-    wanted = len(arguments["slots"]) * sum(-(-length // size) for length in lengths)
+    wanted = len(arguments["slots"]) * sum(needed)
     blocks = pool.get_new_blocks(min(free, wanted))
     try:
         ids = [block.block_id for block in blocks]
