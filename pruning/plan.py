@@ -22,6 +22,10 @@ from liveprune.pruning.errors import PlanError
 
 Matrix = npt.NDArray[np.float32]
 
+SMALLEST_SUM = 1e-9
+"""Scores under a router map may be negative, so their sum, which divides them, may come near zero:
+whoever routes by a map keeps it this far from zero."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:

@@ -222,8 +222,8 @@ def load_tokenizer(model: Path) -> Any:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{model}: no usable tokenizer: {error}; expected tokenizer files beside the model, or "
-            f"rows of input_ids"
+            f"{model}: no usable tokenizer: {error}; expected tokenizer files beside the model "
+            f"(calibration rows may be input_ids instead)"
         ) from error
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 
-from liveprune.patches.router_map import SMALLEST_SUM, RouterMapRouter, route
+from liveprune.patches.router_map import RouterMapRouter, route
+from liveprune.pruning.plan import SMALLEST_SUM
 
 
 def plain_route(
