@@ -38,8 +38,9 @@ class Digitised:
     """A matrix as bin codes."""
 
     codes: Codes
-    """[numbers] uint16: the bin of each entry, row by row."""
+    """[numbers] uint16: which of the bins that are not empty each entry is in, row by row."""
     bins: int
+    """Bins that are not empty; heavy tails leave many between the outermost ones."""
     entropy: float
     """Of the histogram, in nats."""
     shape: tuple[int, ...]
@@ -71,7 +72,10 @@ def digitise(matrix: Floats, name: str = "matrix") -> Digitised:
     if bins > MAX_BINS:
         raise CheckpointError(f"{name}: found {bins} bins, expected at most {MAX_BINS}")
     codes = _codes(values, edges)
-    return Digitised(codes, bins, _entropy(np.bincount(codes), values.size), matrix.shape)
+    counts = np.bincount(codes)
+    filled = counts > 0
+    number = (np.cumsum(filled) - 1).astype(np.uint16)
+    return Digitised(number[codes], int(filled.sum()), _entropy(counts, values.size), matrix.shape)
 
 
 def nmi(a: Digitised, b: Digitised) -> float:

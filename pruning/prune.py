@@ -31,6 +31,7 @@ from liveprune.pruning.methods.moeits_plan import (
     compare_experts,
     counts_by_tau,
     least,
+    ranks,
     removals_to_json,
 )
 from liveprune.pruning.model_name import model_name
@@ -113,9 +114,7 @@ def make_plan(
     removals = {}
     if chosen.from_pairs is not None and weights is not None:
         removals = compare_experts(chosen, weights, budgets, nmi, seed, progress)
-        # A skipped layer keeps all: any score will do.
-        scores = {x.index: np.zeros(x.experts) for x in spec.layers}
-        scores |= {index: item.scores() for index, item in removals.items()}
+        scores = ranks(removals, budgets)
     else:
         scores = _scores(chosen, spec, statistics, weights, seed, progress)
     protected = statistics.super_experts() if statistics and keep_super_experts else {}

@@ -156,8 +156,16 @@ def prune(
     output: OutputOption,
     method: Annotated[str, typer.Option(help="See docs/methods.md.")],
     experts: Annotated[
-        str, typer.Option(help="Kept per layer: a number, a fraction, a list like 4,4,6, or @FILE.")
-    ],
+        str | None,
+        typer.Option(help="Kept per layer: a number, a fraction, a list like 4,4,6, or @FILE."),
+    ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(help="moeits, instead of --experts: larger keeps more. See docs/methods.md."),
+    ] = None,
+    nmi: Annotated[
+        str, typer.Option(help="moeits: plain, or a control: shuffled, corrected.")
+    ] = "plain",
     top_k: Annotated[str | None, typer.Option(help="Active experts: one number or a list.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="JSONL rows.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="For methods that draw.")] = 0,
@@ -191,7 +199,9 @@ def prune(
         plan = make_plan(
             folder,
             method=method,
-            experts=_budget(experts, folder),
+            experts=None if experts is None else _budget(experts, folder),
+            tau=tau,
+            nmi=nmi,
             top_k=_number_or_list("--top-k", top_k),
             calibration=calibration,
             seed=seed,

@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.nmi import ESTIMATORS
 
@@ -78,6 +81,16 @@ def compare_experts(
     return {
         layer.index: method.from_pairs(weights.layers[layer.index], nmi, seed, step)
         for layer in compared
+    }
+
+
+def ranks(
+    removals: Mapping[int, Removals], budgets: Sequence[LayerBudget]
+) -> dict[int, npt.NDArray[np.float64]]:
+    """Scores by layer index: when each expert goes; in a skipped layer, which keeps all, 0."""
+    return {
+        b.layer.index: np.zeros(b.layer.experts) if b.skipped else removals[b.layer.index].scores()
+        for b in budgets
     }
 
 

@@ -68,8 +68,10 @@ def test_codes_are_those_of_a_search_in_the_edges(name: str, dtype: type[np.floa
     expected = np.searchsorted(edges, values, side="right") - 1
     expected[values == edges[-1]] = len(edges) - 2
     digitised = digitise(values)
-    assert digitised.bins == len(edges) - 1
-    assert np.array_equal(digitised.codes, expected)
+    assert np.array_equal(module._codes(values, edges), expected)
+    filled, codes = np.unique(expected, return_inverse=True)
+    assert digitised.bins == len(filled)
+    assert np.array_equal(digitised.codes, codes)
 
 
 def test_edges_that_are_not_evenly_spaced_are_searched() -> None:

