@@ -8,11 +8,12 @@ import numpy as np
 
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.search.candidate import Candidate, by_train
-from liveprune.pruning.search.evaluator import Evaluator, RowSet
+from liveprune.pruning.search.evaluator import Evaluator
 from liveprune.pruning.search.genome import Genome, Space
 from liveprune.pruning.search.operators import initial, merge_child, prune_child
 from liveprune.pruning.search.presets import Settings
 from liveprune.pruning.search.racing import race
+from liveprune.pruning.search.row_sets import RowSet
 
 REDRAWS = 1000
 """Draws without a plan that is new, after which the space counts as searched."""
@@ -47,16 +48,23 @@ class Breeding:
         self._seen: set[str] = set()
 
     def prune(self) -> None:
-        """Random prunings, then children of the population."""
+        """Random prunings, children of the population, and random ones again.
+
+        The last only where the parents have no new children left: what remains of the space is
+        then as good as any other part of it.
+        """
         settings, space = self._settings, self._space
-        inits = min(settings.inits, settings.prune_candidates)
-        self._grow("prune", inits, self.population, lambda _, rng: initial(space, rng))
-        self._grow(
-            "prune",
-            settings.prune_candidates - len(self.population),
-            self.population,
-            lambda parents, rng: prune_child(space, settings, parents, rng),
-        )
+
+        def fresh(_: Sequence[Candidate], rng: np.random.Generator) -> Genome:
+            return initial(space, rng)
+
+        def child(parents: Sequence[Candidate], rng: np.random.Generator) -> Genome:
+            return prune_child(space, settings, parents, rng)
+
+        budget = settings.prune_candidates
+        self._grow("prune", min(settings.inits, budget), self.population, fresh)
+        self._grow("prune", budget - len(self.population), self.population, child)
+        self._grow("prune", budget - len(self.population), self.population, fresh)
 
     def merge(self, winner: Candidate | None) -> None:
         """Children with real-valued coefficients, of the population or of ``winner``.
@@ -98,7 +106,8 @@ class Breeding:
         self, draw: Draw, parents: Sequence[Candidate], index: int
     ) -> tuple[Genome, Plan] | None:
         """A genome whose plan no candidate has had so far."""
-        rng = np.random.default_rng([self._seed, index])
+        # Stream 0 orders the train rows.
+        rng = np.random.default_rng([self._seed, 1 + index])
         for _ in range(REDRAWS):
             genome = draw(parents, rng)
             plan = self._space.plan(genome)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,9 +18,7 @@ from liveprune.pruning.evaluation.engine import Engine
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.search.candidate import Values
 from liveprune.pruning.search.journal import Entry, Journal
-
-if TYPE_CHECKING:
-    from liveprune.pruning.evaluation.task import Task
+from liveprune.pruning.search.row_sets import RowSet
 
 FULL = "full"
 """Stands for the digest of no plan: the full model."""
@@ -29,16 +26,6 @@ FULL = "full"
 
 class SearchCancelledError(LiveprunError):
     """The search was told to stop; its folder holds all it did so far."""
-
-
-@dataclass(frozen=True)
-class RowSet:
-    """Some rows of a task, in the order in which they are scored."""
-
-    name: str
-    """``train``, ``dev`` or ``test``."""
-    task: Task
-    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from liveprune.pruning.evaluation.intervals import paired_difference
 from liveprune.pruning.search.candidate import Candidate
-from liveprune.pruning.search.evaluator import Evaluator, Failure, RowSet
+from liveprune.pruning.search.evaluator import Evaluator, Failure
 from liveprune.pruning.search.presets import Settings
+from liveprune.pruning.search.row_sets import RowSet
 
 
 def race(

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from liveprune.pruning.checkpoint.fingerprint import fingerprint
 from liveprune.pruning.checkpoint.layer_tensors import layer_tensors
 from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint
-from liveprune.pruning.errors import DataError, EngineError, PlanError
+from liveprune.pruning.errors import EngineError, PlanError
 from liveprune.pruning.evaluation.engine import Engine
 from liveprune.pruning.model_name import model_name
 from liveprune.pruning.model_spec import ModelSpec
@@ -23,7 +21,7 @@ from liveprune.pruning.plan import Lineage, Plan
 from liveprune.pruning.prune import installed_versions
 from liveprune.pruning.search.breeding import Breeding
 from liveprune.pruning.search.candidate import Candidate, Values, by_train
-from liveprune.pruning.search.evaluator import Evaluator, Failure, RowSet
+from liveprune.pruning.search.evaluator import Evaluator, Failure
 from liveprune.pruning.search.genome import Space, make_space
 from liveprune.pruning.search.journal import open_folder
 from liveprune.pruning.search.presets import Settings
@@ -35,6 +33,7 @@ from liveprune.pruning.search.result import (
     StageResult,
     curve_of,
 )
+from liveprune.pruning.search.row_sets import RowSet, row_sets
 from liveprune.pruning.search.selection import Selection, reselect
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def search(
     name = model_name(model)
     space = make_space(spec, settings, experts=experts, top_k=top_k, base_model=name)
     tasks = {"train": train, "dev": dev, "test": test}
-    sets = _row_sets({key: task for key, task in tasks.items() if task}, settings, seed)
+    sets = row_sets({key: task for key, task in tasks.items() if task}, settings, seed)
     parameters = {
         **dataclasses.asdict(settings),
         "experts": experts if isinstance(experts, str | int | float) else list(experts),
@@ -274,37 +273,6 @@ class _Run:
     def _enter(self, stage: str) -> None:
         self.stage = stage
         self.report()
-
-
-def _row_sets(tasks: Mapping[str, Task], settings: Settings, seed: int) -> dict[str, RowSet]:
-    """The rows of each set: train shuffled; without dev, a part of train becomes dev.
-
-    Raises:
-        DataError: a set has too few rows, or two sets are the same, or measured differently.
-    """
-    for name, task in tasks.items():
-        least = 2 if name == "train" and "dev" not in tasks else 1
-        if task.size < least:
-            reason = ", a part of which becomes dev" if least > 1 else ""
-            raise DataError(f"{name}: found {task.size} rows, expected at least {least}{reason}")
-        if task.measure != tasks["train"].measure:
-            raise DataError(
-                f"{name}: measured by {task.measure!r}, expected {tasks['train'].measure!r} as "
-                f"for train"
-            )
-        same = [key for key, other in tasks.items() if key != name and other.digest == task.digest]
-        if same:
-            raise DataError(f"{name}: found the same rows as {same[0]}, expected others")
-    order = np.random.default_rng(seed).permutation(tasks["train"].size).tolist()
-    sets = {}
-    if "dev" not in tasks:
-        aside = min(max(1, round(settings.dev_fraction * len(order))), len(order) - 1)
-        sets["dev"] = RowSet("dev", tasks["train"], tuple(sorted(order[:aside])))
-        order = order[aside:]
-    sets["train"] = RowSet("train", tasks["train"], tuple(order))
-    for name in tasks.keys() - {"train"}:
-        sets[name] = RowSet(name, tasks[name], tuple(range(tasks[name].size)))
-    return {name: sets[name] for name in ("train", "dev", "test") if name in sets}
 
 
 def _fingerprint(model: Path, spec: ModelSpec) -> str:

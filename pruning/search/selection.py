@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from liveprune.pruning.errors import EngineError
 from liveprune.pruning.search.candidate import Candidate, Values, by_train
-from liveprune.pruning.search.evaluator import Evaluator, Failure, RowSet
+from liveprune.pruning.search.evaluator import Evaluator, Failure
+from liveprune.pruning.search.row_sets import RowSet
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ Search = Callable[..., SearchResult]
 @pytest.fixture
 def run_search(tiny_model: Callable[..., Path], tmp_path: Path) -> Search:
     """``search`` on a tiny Mixtral of 4 experts, 2 kept, with small stages; all can be changed."""
-    model = tiny_model("mixtral", num_local_experts=4, num_hidden_layers=2)
 
-    def start(train: FakeTask, **changes: Any) -> SearchResult:
+    def start(train: FakeTask, *, of: int = 4, **changes: Any) -> SearchResult:
+        model = tiny_model("mixtral", num_local_experts=of, num_hidden_layers=2)
         arguments: dict[str, Any] = {
             "folder": tmp_path / "search",
             "experts": 2,

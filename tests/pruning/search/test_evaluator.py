@@ -12,11 +12,12 @@ import pytest
 from liveprune.pruning.errors import EngineError
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.search.candidate import Candidate
-from liveprune.pruning.search.evaluator import Evaluator, Failure, RowSet, SearchCancelledError
+from liveprune.pruning.search.evaluator import Evaluator, Failure, SearchCancelledError
 from liveprune.pruning.search.genome import Genome, make_space, one_hot
 from liveprune.pruning.search.journal import Journal, open_folder
 from liveprune.pruning.search.presets import Settings
 from liveprune.pruning.search.racing import race
+from liveprune.pruning.search.row_sets import RowSet
 from tests.pruning.search.fakes import FakeTask, spec_of
 
 SPACE = make_space(spec_of(layers=1), Settings(), experts=1)

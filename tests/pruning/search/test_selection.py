@@ -9,10 +9,11 @@ import pytest
 from liveprune.pruning.errors import EngineError
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.search.candidate import Candidate
-from liveprune.pruning.search.evaluator import Evaluator, RowSet
+from liveprune.pruning.search.evaluator import Evaluator
 from liveprune.pruning.search.genome import Genome, make_space, one_hot
 from liveprune.pruning.search.journal import open_folder
 from liveprune.pruning.search.presets import Settings
+from liveprune.pruning.search.row_sets import RowSet
 from liveprune.pruning.search.selection import reselect
 from tests.pruning.search.fakes import FakeTask, candidate, spec_of
 
