@@ -159,7 +159,7 @@ class _Reader:
 
     def _answer(self, prompt: Tokens, prompt_text: str, text: str, where: str) -> Tokens:
         joint = tuple(self.tokenizer(prompt_text + text)["input_ids"])
-        if joint[: len(prompt)] == prompt and len(joint) > len(prompt):
+        if joint[: len(prompt)] == prompt:
             return self._checked(joint[len(prompt) :], where)
         return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], where)
 

@@ -56,7 +56,7 @@ def test_choices(load: Callable[..., Questions]) -> None:
 
 
 def test_rows_without_labels(load: Callable[..., Questions]) -> None:
-    """Labels, where there are some, are not looked at; chats end with the generation prompt."""
+    """Labels, where there are some, are not looked at."""
     turns = [{"role": "user", "content": "hi"}]
     questions = load(
         "prompt",
@@ -66,6 +66,21 @@ def test_rows_without_labels(load: Callable[..., Questions]) -> None:
     )
     assert [row.prompt for row in questions.rows] == [ids("a"), ids("b"), ids("user: hi\n")]
     assert all(row.answers == () for row in questions.rows)
+
+
+def test_chats_end_with_the_generation_prompt(
+    tiny_model: Family, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = edited(tiny_model("mixtral"), tmp_path / "chat")
+    template = "{{ messages[0].content }}{% if add_generation_prompt %}!{% endif %}"
+    (model / "chat_template.jinja").write_text(template)
+    path = write({"messages": [{"role": "user", "content": "hi"}]})
+    assert load_questions(path, model, form="prompt").rows[0].prompt == ids("hi!")
+
+
+def test_decoded_text_keeps_its_spaces(load: Callable[..., Questions]) -> None:
+    questions = load("answer", {"prompt": "a", "answer": "b , do n't ."})
+    assert questions.rows[0].text == "b , do n't ."
 
 
 def test_the_demo_model_reads_rows_as_it_was_trained(write: Callable[..., Path]) -> None:
