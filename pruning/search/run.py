@@ -20,7 +20,7 @@ from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Lineage, Plan
 from liveprune.pruning.prune import installed_versions
 from liveprune.pruning.search.breeding import Breeding
-from liveprune.pruning.search.candidate import Candidate, Values, by_train
+from liveprune.pruning.search.candidate import Candidate, by_train
 from liveprune.pruning.search.evaluator import Evaluator, Failure
 from liveprune.pruning.search.genome import Space, make_space
 from liveprune.pruning.search.journal import open_folder
@@ -106,7 +106,7 @@ def search(
     name = model_name(model)
     space = make_space(spec, settings, experts=experts, top_k=top_k, base_model=name)
     tasks = {"train": train, "dev": dev, "test": test}
-    sets = row_sets({key: task for key, task in tasks.items() if task}, settings, seed)
+    sets = row_sets({k: task for k, task in tasks.items() if task is not None}, settings, seed)
     parameters = {
         **dataclasses.asdict(settings),
         "experts": experts if isinstance(experts, str | int | float) else list(experts),
@@ -116,7 +116,7 @@ def search(
     weights = _fingerprint(model, spec)
     identity = {
         "model": weights,
-        "data": {key: task.digest if task else None for key, task in tasks.items()},
+        "data": {k: None if task is None else task.digest for k, task in tasks.items()},
         "method": {"name": "eep", **parameters},
         "seed": seed,
     }
@@ -175,7 +175,9 @@ class _Run:
 
     def stages(self) -> None:
         for rows in ("train", "dev"):  # first, so that an engine that cannot run is found out
-            self._full(rows)
+            (full,) = self.evaluator.score(self.sets[rows], [None])
+            if isinstance(full, Failure):
+                raise EngineError(f"the full model cannot be scored on {rows}: {full.message}")
         winner = None
         if self.space.prunes:
             self.breeding.prune()
@@ -186,8 +188,8 @@ class _Run:
             self._select("merge", winner)
         self._enter("test")
         if "test" in self.sets:
-            winners = {x.winner.plan.digest: x.winner.plan for x in self.selections.values()}
-            self._full("test", *winners.values())
+            winners = [x.winner.plan for x in self.selections.values()]
+            self.evaluator.score(self.sets["test"], [None, *winners])
         self._enter("done")
 
     def report(self) -> None:
@@ -263,12 +265,6 @@ class _Run:
         )
         self.selections[stage] = selection
         return selection.winner
-
-    def _full(self, rows: str, *plans: Plan) -> None:
-        """Score the full model, and ``plans`` with it."""
-        full: Values | Failure = self.evaluator.score(self.sets[rows], [None, *plans])[0]
-        if isinstance(full, Failure):
-            raise EngineError(f"the full model cannot be scored on {rows}: {full.message}")
 
     def _enter(self, stage: str) -> None:
         self.stage = stage

@@ -117,6 +117,7 @@ def test_test_rows_are_touched_once_at_the_end(run_search: Search) -> None:
     assert order[-1] == "test"
     ((names, rows),) = data["test"].calls
     assert names == ["full", *(stage.plan.digest for stage in result.stages)]
+    assert len(set(names)) == 3
     assert rows == list(range(50))
 
 
@@ -424,3 +425,13 @@ def test_a_folder_in_use_is_refused(run_search: Search) -> None:
 def test_a_full_model_without_numbers_is_an_error(run_search: Search) -> None:
     with pytest.raises(EngineError, match="the full model cannot be scored on train: 60 of 60"):
         run_search(**sets(lambda plan, row: np.nan if plan is None else 0.5))
+
+
+def test_who_fails_on_test_is_reported(run_search: Search) -> None:
+    data = sets(overlap)
+    data["test"].fitness = lambda plan, row: np.nan if plan and not plan.merges else 0.5
+    prune, merge = run_search(**data).stages
+    assert prune.scores["test"].failure == "50 of 50 values are not finite"
+    assert prune.scores["test"].mean is None
+    assert prune.differences["test"] == {}
+    assert set(merge.differences["test"]) == {"full"}
