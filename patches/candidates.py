@@ -108,8 +108,9 @@ class Candidates:
         reference = None
         if against_full:
             missing = [row for row in dict.fromkeys(rows) if row not in self._reference]
-            full = answer_states(forward, [BASE_SLOT], missing, blocks)
-            self._reference.update(zip(missing, full, strict=True))
+            if missing:
+                full = answer_states(forward, [BASE_SLOT], missing, blocks)
+                self._reference.update(zip(missing, full, strict=True))
             reference = torch.cat([self._reference[row] for row in rows])
             self._bound_reference()
         states = answer_states(forward, slots, rows, blocks)

@@ -63,14 +63,18 @@ def load_task(
     if measure == "exact":
         _check_exact(questions, path, max_answer_tokens)
     for row in questions.rows:
-        longest = max(map(len, row.answers), default=0)
-        room = max_answer_tokens if needs.generates else longest
+        room = _room(row, needs, max_answer_tokens)
         if len(row.prompt) + room > limit:
             raise DataError(
                 f"{row.where}: found {len(row.prompt)} tokens in the prompt and up to {room} in "
                 f"the answer, expected at most {limit} together"
             )
     return Task(measure, questions, max_answer_tokens)
+
+
+def _room(row: Question, needs: Measure, max_answer_tokens: int) -> int:
+    """Tokens that an answer of the row may take."""
+    return max_answer_tokens if needs.generates else max(map(len, row.answers), default=0)
 
 
 def _check_exact(questions: Questions, path: Path, max_answer_tokens: int) -> None:
@@ -104,6 +108,14 @@ class Task:
     def size(self) -> int:
         """Number of rows."""
         return len(self._questions.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer, given or generated."""
+        return max(
+            len(row.prompt) + _room(row, self._needs, self._max_answer_tokens)
+            for row in self._questions.rows
+        )
 
     @property
     def binary(self) -> bool:

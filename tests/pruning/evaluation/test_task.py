@@ -278,3 +278,11 @@ def test_agreement_on_the_demo_model(demo_engine: TransformersEngine, measure: s
     if measure != "nll":
         assert found[0] == pytest.approx(np.ones(12), abs=1e-5)
     assert found[0].mean() > found[1].mean() > found[2].mean()
+
+
+def test_the_longest_text_has_room_for_its_answer(write: Callable[..., Path]) -> None:
+    rows = labelled("positive")
+    generated = load_task(write(*rows), DEMO, measure="exact", max_answer_tokens=7)
+    assert generated.longest == len(generated._questions.rows[0].prompt) + 7
+    path = write({"prompt": "a", "choices": ["5", "123"], "answer": 0})
+    assert load_task(path, DEMO, measure="choice").longest == 2 + 3
