@@ -135,7 +135,7 @@ def make_plan(
             "skip_layers": sorted(skip_layers),
             "keep_super_experts": keep_super_experts,
             **({"max_tokens": max_tokens, "max_rows": max_rows} if rows else {}),
-            **({"tau": tau, "nmi": nmi} if removals else {}),
+            **({"tau": tau, "nmi": nmi} if chosen.from_pairs is not None else {}),
         },
         seed=seed if chosen.from_seed is not None or nmi != "plain" else None,
         calibration=rows.digest if rows else None,

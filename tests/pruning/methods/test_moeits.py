@@ -76,8 +76,8 @@ def test_greedy_by_hand() -> None:
     """Sums of the rows: 14, 13, 11, 8.
 
     (0, 1) is the largest: 0 goes. Left 1, 2, 3 with 3 at (1, 2), 2 at (1, 3), 4 at (2, 3) and sums
-    5, 7, 6: of (2, 3) 2 goes, though 3 had the smaller sum before as well. Left (1, 3): a tie, the
-    second, 3, goes. Entries: 2 each of 8, 4, 2, 3, 2, 4 and four 0: mean 46 / 16.
+    5, 7, 6: of (2, 3) 2 goes. Left (1, 3): a tie, the second, 3, goes. All entries: 8, 3 twice, 2
+    and 4 four times, 0 four times; mean 46 / 16, quartiles 1.5 and 4.
     """
     found = removals(symmetric(p01=8, p02=4, p03=2, p12=3, p13=2, p23=4))
     assert found.removed == (0, 2, 3)
