@@ -62,7 +62,7 @@ def seconds(value: float) -> str:
 
 
 def runs(numbers: Sequence[int], most: int | None = None) -> str:
-    """Ascending numbers with runs shortened: ``0-3, 7``; after ``most`` parts the rest counted."""
+    """Ascending numbers, of runs the ends; after ``most`` parts the rest is counted."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -79,7 +79,8 @@ def runs(numbers: Sequence[int], most: int | None = None) -> str:
 
 def span(numbers: Iterable[int]) -> str:
     """``2``, or ``2 to 6`` where they differ."""
-    low, *_, high = sorted([*(found := list(numbers)), found[0]])
+    found = list(numbers)
+    low, high = min(found), max(found)
     return str(low) if low == high else f"{low} to {high}"
 
 

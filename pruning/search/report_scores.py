@@ -151,12 +151,16 @@ def _remarks(result: Json, sets: list[str], decimals: int) -> Iterator[str]:
             for x in known[1:]
             if result["full"][x]["mean"] is not None
         ]
+        moved = f"; from train {' and '.join(changes)}" if changes else ""
         yield (
-            f"The {stage['name']} winner: {means}; from train {' and '.join(changes)}. It leads "
-            f"{count(made, 'scored candidate')} on train and {count(finalists, 'finalist')} on "
-            f"dev: the best of many is partly luck, so train is optimistic, dev less so. What it "
-            f"loses more than the full model is that optimism, give or take the intervals."
-        ) if changes else f"The {stage['name']} winner: {means}."
+            f"The {stage['name']} winner: {means or 'no score'}{moved}. It was picked out of "
+            f"{count(made, 'scored candidate')} by train and {count(finalists, 'finalist')} by dev."
+        )
+    yield (
+        "The best of many is partly luck, so a winner's train score is optimistic, and its dev "
+        "score a little. What it loses from set to set beyond what the full model loses is that "
+        "optimism, give or take the intervals."
+    )
     if "test" in sets:
         yield "The test rows were scored once, at the end, and chose nothing."
 
