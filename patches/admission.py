@@ -11,7 +11,7 @@ Without a directory everything is vLLM's own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -88,9 +88,16 @@ class Admission:
     released; one is there from the start.
     """
 
-    def __init__(self, directory: Directory | None, served: Served | None = None) -> None:
+    def __init__(
+        self,
+        directory: Directory | None,
+        served: Served | None = None,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory
         self.served = served
+        self.extra = extra or {}
+        """What requests of our own carry beside the variant."""
         self.answered = False
         """An answer carries the variant's name."""
         self._asked = served.name if served is not None else ""
@@ -154,9 +161,12 @@ def admitting() -> Iterator[Admission]:
 
 
 @contextmanager
-def serving(served: Served) -> Iterator[None]:
-    """Send requests of our own to a variant; the caller keeps it live."""
-    token = _admission.set(Admission(None, served))
+def serving(served: Served, **extra: str) -> Iterator[None]:
+    """Send requests of our own to a variant; the caller keeps it live.
+
+    ``extra``: what they carry beside it.
+    """
+    token = _admission.set(Admission(None, served, extra))
     try:
         yield
     finally:
@@ -271,7 +281,9 @@ def carrying(params: Any) -> Any:
         return params
     extra = dict(params.extra_args or {})
     if served is not None:
-        extra[EXTRA_ARG] = {"slot": served.slot, "salt": served.salt}
+        admission = _admission.get()
+        own = {} if admission is None else admission.extra
+        extra[EXTRA_ARG] = {**own, "slot": served.slot, "salt": served.salt}
     elif EXTRA_ARG in extra:
         del extra[EXTRA_ARG]
     else:

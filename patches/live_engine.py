@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from liveprune.patches.admission import serving
 from liveprune.patches.live_config import LiveConfig
@@ -17,7 +18,19 @@ from liveprune.patches.live_types import (
     KVStatus,
     Served,
 )
-from liveprune.pruning.errors import EngineError
+from liveprune.patches.request_scoring import SCORE_KEY, read_scores
+from liveprune.pruning.errors import EngineError, IncompatibleEnvironmentError
+from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
+
+BACKGROUND = 1_000_000
+"""Priority of candidates' requests: vLLM serves smaller numbers first, users' are 0."""
+BACKGROUND_SHARE = 4
+"""Candidates have at most one of so many places among the running requests: priority decides who
+waits and who is preempted for want of memory, not who makes room in a full batch."""
+REFERENCE = "full-"
+"""What the keys of the full model's scoring requests begin with."""
+
+T = TypeVar("T")
 
 
 class VLLMLiveEngine:
@@ -27,6 +40,7 @@ class VLLMLiveEngine:
         """``client``: vLLM's AsyncLLM."""
         self._client = client
         self._config = config
+        self._calls = count()
 
     @property
     def slots(self) -> int:
@@ -101,6 +115,114 @@ class VLLMLiveEngine:
         answers = [self._answer(variant, prompt, tokens) for prompt in prompts]
         return list(await asyncio.gather(*answers))
 
+    def check_background(self) -> None:
+        policy = self._client.vllm_config.scheduler_config.policy
+        if policy != "priority":
+            raise IncompatibleEnvironmentError(
+                f"candidates run below user traffic, which takes vLLM's priority scheduler: found "
+                f"--scheduling-policy {policy}, expected priority; start the server with it"
+            )
+
+    async def keep_reference(self, full: Served, rows: Sequence[TokenRow]) -> None:
+        await self._read(full, rows, [f"{REFERENCE}{i}" for i in range(len(rows))])
+
+    async def score(
+        self, variant: Served, rows: Sequence[TokenRow], *, against_full: bool
+    ) -> AnswerScores:
+        call = next(self._calls)
+        keys = [f"{call}-{i}" for i in range(len(rows))]
+        await self._read(variant, rows, keys)
+        targets = [token for row in rows for token in row.answer]
+        reference = [f"{REFERENCE}{i}" for i in range(len(rows))] if against_full else None
+        return read_scores(
+            await self._call("take_scores", keys=keys, targets=targets, reference=reference)
+        )
+
+    async def forget_scores(self) -> None:
+        await self._call("forget_scores")
+
+    async def generate(
+        self,
+        variant: Served,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+    ) -> list[tuple[int, ...]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            stop_token_ids=list(end),
+            ignore_eos=True,  # what ends an answer is said by ``end`` alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return await self._gather(
+            [self._in_background(variant, prompt, sampling) for prompt in prompts]
+        )
+
+    async def _read(self, variant: Served, rows: Sequence[TokenRow], keys: Sequence[str]) -> None:
+        """Have the workers collect the hidden states of the rows' answers."""
+        from vllm import SamplingParams
+
+        texts = [(*row.prompt, *row.answer[:-1]) for row in rows]
+        answers = {
+            key: [len(text), len(row.answer)]
+            for key, text, row in zip(keys, texts, rows, strict=True)
+        }
+        await self._call("expect_scores", answers=answers)
+        # A cached answer would not be computed, so not be seen.
+        sampling = SamplingParams(
+            temperature=0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True
+        )
+        await self._gather(
+            [
+                self._in_background(variant, text, sampling, **{SCORE_KEY: key})
+                for text, key in zip(texts, keys, strict=True)
+            ]
+        )
+
+    async def _gather(self, requests: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Await them, a bounded number at a time; the first failure ends the others."""
+        most = self._client.vllm_config.scheduler_config.max_num_seqs // BACKGROUND_SHARE
+        places = asyncio.Semaphore(max(most, 1))
+
+        async def one(request: Coroutine[Any, Any, T]) -> T:
+            async with places:
+                return await request
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(request)) for request in requests]
+        except ExceptionGroup as errors:
+            raise _first(errors) from None
+        finally:
+            for request in requests:
+                request.close()  # those that never got a place
+        return [task.result() for task in tasks]
+
+    async def _in_background(
+        self, variant: Served, tokens: Sequence[int], sampling: Any, **extra: str
+    ) -> tuple[int, ...]:
+        """Answer one prompt below user traffic; whoever stops waiting aborts the request."""
+        name = f"candidate-{uuid.uuid4().hex}"
+        if SCORE_KEY in extra:
+            # What is written is never read again: it is only in the cache until it is evicted.
+            variant = Served(variant.name, variant.slot, f"{name}:{variant.salt}")
+        question = {"prompt_token_ids": list(tokens)}
+        try:
+            with serving(variant, **extra):
+                stream = self._client.generate(question, sampling, name, priority=BACKGROUND)
+                answers = [answer async for answer in stream]
+        except Exception as error:
+            # vLLM raises many types here, a dead engine among them; all mean: no answer.
+            raise EngineError(f"{variant.name}: not answered: {error}") from error
+        (output,) = answers[-1].outputs
+        return tuple(output.token_ids)
+
     async def _answer(self, variant: Served, prompt: Sequence[int], tokens: int) -> GoldenAnswer:
         from vllm import SamplingParams
 
@@ -140,3 +262,9 @@ class VLLMLiveEngine:
         if reply.get("error"):
             raise EngineError(reply["error"])
         return reply["value"]
+
+
+def _first(errors: ExceptionGroup[Exception]) -> Exception:
+    """One of what may be many of a kind."""
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error

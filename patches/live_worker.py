@@ -23,6 +23,7 @@ from liveprune.patches.live_config import LiveConfig
 from liveprune.patches.live_layers import LiveLayer, batch_slots, find_layers
 from liveprune.patches.live_types import BASE_SLOT
 from liveprune.patches.packed_forward import PackedForward
+from liveprune.patches.request_scoring import RequestScores, attach, take_scores
 from liveprune.patches.row_assignment import Assignment, assign_rows
 from liveprune.patches.row_filler import FillTask, MergeJob, RowFiller
 from liveprune.pruning.errors import EngineError, LiveprunError
@@ -82,6 +83,9 @@ class LiveWorker:
         )
         self._slots: dict[int, Slot] = {}
         self._candidates = Candidates(self._layers, self._spec)
+        dtype = worker.model_config.dtype
+        self._scores = RequestScores(worker.model_config.get_hidden_size() * dtype.itemsize)
+        attach(self._runner, self._scores)
         self._start(config)
 
     def call(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +243,22 @@ class LiveWorker:
         finally:
             self._batch.reset()
 
+    def expect_scores(self, answers: dict[str, list[int]]) -> None:
+        """See ``RequestScores.expect``."""
+        self._scores.expect(answers)
+
+    def take_scores(
+        self, keys: list[str], targets: list[int], reference: list[str] | None
+    ) -> dict[str, Any] | None:
+        """See ``request_scoring.take_scores``."""
+        vocabulary = int(self._spec.config["vocab_size"])
+        compute = self._model.compute_logits
+        return take_scores(self._scores, compute, vocabulary, keys, targets, reference)
+
+    def forget_scores(self) -> None:
+        """See ``RequestScores.forget``."""
+        self._scores.forget()
+
     def commit_blocks(self, ids: list[int]) -> None:
         """Give KV blocks memory, before the scheduler may use them."""
         kv_memory.commit_blocks(self._runner, ids)
@@ -356,6 +376,9 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "stage": LiveWorker.stage,
     "unstage": LiveWorker.unstage,
     "score": LiveWorker.score,
+    "expect_scores": LiveWorker.expect_scores,
+    "take_scores": LiveWorker.take_scores,
+    "forget_scores": LiveWorker.forget_scores,
     "commit_blocks": LiveWorker.commit_blocks,
     "release_blocks": LiveWorker.release_blocks,
 }

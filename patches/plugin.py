@@ -25,6 +25,7 @@ from liveprune.patches import (
     live_loading,
     live_support,
     model_cards,
+    request_scoring,
     weights,
 )
 from liveprune.patches.compat import Seam, check_seam, check_version
@@ -77,6 +78,9 @@ PATCHES: tuple[Patch, ...] = (
     Patch(batch_slots.V2_ADD_REQUESTS, batch_slots.wrap_v2_add_requests),
     Patch(batch_slots.V2_PREPARE_INPUTS, batch_slots.wrap_v2_prepare_inputs),
     Patch(batch_slots.V2_DUMMY_RUN, batch_slots.wrap_dummy_run),
+    Patch(request_scoring.PROMPT_LOGPROBS, request_scoring.wrap_prompt_logprobs),
+    Patch(request_scoring.V2_ADD_REQUEST, request_scoring.wrap_v2_add_request),
+    Patch(request_scoring.V2_PROMPT_LOGPROBS, request_scoring.wrap_v2_prompt_logprobs),
     Patch(admission.IS_MODEL_SUPPORTED, admission.wrap_is_model_supported),
     Patch(admission.MAYBE_GET_ADAPTERS, admission.wrap_maybe_get_adapters),
     Patch(admission.MODEL_NAME, admission.wrap_model_name),

@@ -18,6 +18,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.responses import JSONResponse
 
 from liveprune.pruning.errors import LiveprunError
+from liveprune.server import admin_candidates
 from liveprune.server.admin_auth import AdminGate
 from liveprune.server.admin_changes import Admin
 from liveprune.server.admin_errors import add_error_handlers
@@ -35,6 +36,7 @@ from liveprune.server.admin_models import (
 )
 from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog
+from liveprune.server.body_limit import BodyLimit
 from liveprune.server.control_plane import ControlPlane
 from liveprune.server.live_metrics import LiveMetrics
 from liveprune.server.operations import Operation
@@ -71,21 +73,15 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         403: "The admin key is missing or wrong.",
         404: "The variant or the operation is unknown.",
         409: "Another operation is in the way, it is too late, or the name is taken.",
+        413: "The body is too long.",
         422: "The plan is unusable, or does not fit the model, or the variant cannot be live.",
         500: "A defect of the server; its log has more.",
+        501: "The engine cannot do this at all.",
         503: "The engine or the audit log failed.",
     }.items()
 }
 
-router = APIRouter(
-    prefix="/admin/v1",
-    responses=_ERRORS,
-    # For the OpenAPI document only: AdminGate has checked the key before any route is looked up.
-    dependencies=[
-        Security(HTTPBearer(auto_error=False)),
-        Security(APIKeyHeader(name="X-API-Key", auto_error=False)),
-    ],
-)
+router = APIRouter()
 probes = APIRouter()
 
 
@@ -245,8 +241,21 @@ def make_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.admin = Admin(control, audit, AllowedPaths(roots), metrics or LiveMetrics(control))
-    app.include_router(router)
+    for each in (router, admin_candidates.router):
+        app.include_router(
+            each,
+            prefix="/admin/v1",
+            responses=_ERRORS,
+            # For the OpenAPI document only: AdminGate has checked the key before any route is
+            # looked up.
+            dependencies=[
+                Security(HTTPBearer(auto_error=False)),
+                Security(APIKeyHeader(name="X-API-Key", auto_error=False)),
+            ],
+        )
     app.include_router(probes)
+    app.add_middleware(BodyLimit)
+    # The last added is the outermost: nothing of a body is read without a key.
     app.add_middleware(AdminGate, keys=keys, open_paths=OPEN_PATHS)
     add_error_handlers(app)
     return app

@@ -11,9 +11,15 @@ import httpx
 from liveprune.pruning.errors import EngineError
 
 TIMEOUT = 60.0
-"""Seconds; every route answers at once, long work is an operation."""
+"""Seconds; nearly every route answers at once, long work is an operation."""
+EVALUATION_TIMEOUT = 3600.0
+"""Seconds that candidates may take, behind all that users ask."""
 
 Json = dict[str, Any]
+
+
+class AdminConflictError(EngineError):
+    """Another operation is in the way (409): what was asked for may be possible later."""
 
 
 class AdminClient:
@@ -72,6 +78,14 @@ class AdminClient:
         """The engine's memory, its variants and what is going on."""
         return self._call("GET", "status")
 
+    def score(self, body: Json) -> Json:
+        """Score answers under plans that nobody else sees (``candidate_models.Score``)."""
+        return self._call("POST", "score", body, timeout=EVALUATION_TIMEOUT)
+
+    def generate(self, body: Json) -> Json:
+        """Decode under plans that nobody else sees (``candidate_models.Generate``)."""
+        return self._call("POST", "generate", body, timeout=EVALUATION_TIMEOUT)
+
     def close(self) -> None:
         self._http.close()
 
@@ -86,11 +100,13 @@ class AdminClient:
     ) -> None:
         self.close()
 
-    def _call(self, method: str, path: str, body: Json | None = None) -> Json:
+    def _call(
+        self, method: str, path: str, body: Json | None = None, *, timeout: float = TIMEOUT
+    ) -> Json:
         try:
-            answer = self._http.request(method, f"/admin/v1/{path}", json=body)
+            answer = self._http.request(method, f"/admin/v1/{path}", json=body, timeout=timeout)
         except httpx.TimeoutException as error:
-            raise EngineError(f"{self._url}: no answer within {TIMEOUT:.0f} s") from error
+            raise EngineError(f"{self._url}: no answer within {timeout:.0f} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EngineError(
                 f"{self._url}: not reachable ({error}); expected the admin API of a running server "
@@ -112,7 +128,7 @@ class AdminClient:
             raise EngineError(
                 f"{self._url}: the key was refused: {message} (the key is from {self._key_source})"
             )
-        raise EngineError(message)
+        raise AdminConflictError(message) if answer.status_code == 409 else EngineError(message)
 
 
 def _message(content: object) -> str | None:

@@ -19,6 +19,7 @@ from liveprune.pruning.errors import (
     ConflictError,
     DataError,
     EngineError,
+    IncompatibleEnvironmentError,
     LiveprunError,
     PlanError,
     VariantError,
@@ -48,6 +49,7 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
     (DataError, 422),
     (ArchitectureError, 422),
     (EngineError, 503),
+    (IncompatibleEnvironmentError, 501),
 )
 """The first class that fits decides; anything else is 500."""
 
@@ -56,6 +58,8 @@ _TYPES: dict[int, str] = {
     404: "NotFoundError",
     409: "ConflictError",
     422: "UnprocessableEntityError",
+    413: "ContentTooLargeError",
+    501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
 

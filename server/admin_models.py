@@ -56,7 +56,7 @@ class OperationBody(Body):
 
     id: str
     kind: str
-    """`add`, `remove`, `swap` or `rollback`."""
+    """`add`, `remove`, `swap` or `rollback`; `score` or `generate` while candidates answer."""
     variant: str
     state: State
     progress: Progress
@@ -147,6 +147,8 @@ class StatusBody(Body):
     """The operating system's figure for the engine's workers."""
     memory_target_bytes: int | None
     """Bound of experts + spare + other weights + KV cache."""
+    fingerprint: str
+    """Of the base model's config and experts: plans are for one model. Empty in rebuild mode."""
     variants: list[VariantBody]
 
     @classmethod

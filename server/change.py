@@ -30,6 +30,8 @@ class Change:
     """What is drained afterwards; None: nothing is."""
     replaced: str | None = None
     """Digest of the plan that the tag names until now, where it gets another."""
+    candidate: bool = False
+    """It is tried out and undone: no name leads to it, and nothing of it is saved."""
     committed: bool = False
     """The names have moved (or the slot is gone): too late to cancel."""
     mismatch: str | None = None

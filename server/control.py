@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from liveprune.patches.live_types import BASE_SLOT
-from liveprune.pruning.errors import ConflictError, EngineError, VariantError
+from liveprune.pruning.errors import ConflictError, EngineError, LiveprunError, VariantError
+from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.plan import Plan
+from liveprune.server.candidates import Candidates
 from liveprune.server.change import Change
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries
@@ -42,6 +45,7 @@ class Control:
         *,
         memory_target: int | None = None,
         limits: Mapping[State, float] = LIMITS,
+        fingerprint: str = "",
         poll: float = 0.05,
         grace: float = 10.0,
     ) -> None:
@@ -56,6 +60,7 @@ class Control:
             canaries: the prompts of the golden answers.
             memory_target: bytes for experts, other weights and KV; None: what is used at start.
             limits: seconds that each state may take.
+            fingerprint: of the base model, for those who make plans for it.
             poll: seconds between looks at a filling or draining slot.
             grace: seconds that an interrupted engine call may take to end.
         """
@@ -64,7 +69,10 @@ class Control:
         self._folder = folder
         self._registry = Registry(model_name, aliases, self._spec, engine.slots)
         self._steps = Steps(engine, self._registry, folder, canaries, poll=poll, grace=grace)
-        self._runner = OperationRunner(Swapper(self._steps, limits))
+        swapper = Swapper(self._steps, limits)
+        self._runner = OperationRunner(swapper)
+        self._candidates = Candidates(self._steps, swapper, self._runner)
+        self._fingerprint = fingerprint
         self._asked_target = memory_target
         self._started = False
 
@@ -167,6 +175,7 @@ class Control:
             kv_max_blocks=kv.max_blocks,
             process_bytes=memory.process,
             memory_target_bytes=self._steps.memory_target or None,
+            fingerprint=self._fingerprint,
             variants=registry.views(memory.slots),
         )
 
@@ -186,7 +195,7 @@ class Control:
             ConflictError: another operation is under way.
         """
         asked = ("add", tag, str(plan_path))
-        if (earlier := self._accept(idempotency_key, asked)) is not None:
+        if (earlier := await self._accept(idempotency_key, asked)) is not None:
             return earlier
         registry = self._registry
         if plan_path is None:
@@ -195,6 +204,7 @@ class Control:
             check_tag(tag)
             # In a thread: it may be a long file, and tokens are streamed from this one.
             variant = await asyncio.to_thread(read_variant, tag, plan_path, self._spec)
+            await self._runner.make_way()
         change = Change.asked("add", variant, registry)
         change.old = registry.live.get(tag)
         if change.old is not None and change.old.variant.digest == variant.digest:
@@ -219,7 +229,7 @@ class Control:
             ConflictError: the bare name routes to it, or another operation is under way.
         """
         asked = ("remove", tag, forget)
-        if (earlier := self._accept(idempotency_key, asked)) is not None:
+        if (earlier := await self._accept(idempotency_key, asked)) is not None:
             return earlier
         registry = self._registry
         variant = registry.variant(tag)
@@ -252,7 +262,7 @@ class Control:
             ConflictError: another operation is under way.
         """
         asked = ("swap", tag, keep_previous)
-        if (earlier := self._accept(idempotency_key, asked)) is not None:
+        if (earlier := await self._accept(idempotency_key, asked)) is not None:
             return earlier
         return self._swap("swap", tag, keep_previous, idempotency_key, asked)
 
@@ -265,7 +275,7 @@ class Control:
             ConflictError: nothing was before, or another operation is under way.
         """
         asked = ("rollback", keep_previous)
-        if (earlier := self._accept(idempotency_key, asked)) is not None:
+        if (earlier := await self._accept(idempotency_key, asked)) is not None:
             return earlier
         tag = self._registry.previous
         if tag is None:
@@ -284,14 +294,46 @@ class Control:
         """Have an operation undone; see ``OperationRunner.cancel`` for its refusals."""
         return self._runner.cancel(operation_id)
 
-    def _accept(self, key: str | None, asked: Asked) -> Operation | None:
+    async def score(
+        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool = False
+    ) -> list[AnswerScores | LiveprunError]:
+        """Score answers under plans that nobody else sees; see ``server.candidates``.
+
+        Raises:
+            DataError: a token is not in the vocabulary.
+            ConflictError: an operation is under way, or one interrupted this.
+            EngineError: the engine failed.
+            IncompatibleEnvironmentError: the engine does not schedule by priority.
+        """
+        self._check_started()
+        return await self._candidates.score(plans, rows, against_full=against_full)
+
+    async def generate(
+        self,
+        plans: Sequence[Plan | None],
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+    ) -> list[list[tuple[int, ...]] | LiveprunError]:
+        """Decode greedily under plans that nobody else sees; raises as ``score`` does."""
+        self._check_started()
+        return await self._candidates.generate(plans, prompts, max_tokens=max_tokens, end=end)
+
+    async def _accept(self, key: str | None, asked: Asked) -> Operation | None:
         """The operation that ``key`` began, or None if another may begin now."""
         if (earlier := self._runner.earlier(key, asked)) is not None:
             return earlier
-        if not self._started:
-            raise ConflictError("the server is restoring its variants; try again soon")
+        self._check_started()
+        await self._runner.make_way()
+        if (earlier := self._runner.earlier(key, asked)) is not None:  # begun meanwhile
+            return earlier
         self._runner.check_free()
         return None
+
+    def _check_started(self) -> None:
+        if not self._started:
+            raise ConflictError("the server is restoring its variants; try again soon")
 
     def _swap(
         self, kind: str, tag: str, keep_previous: bool, key: str | None, asked: Asked

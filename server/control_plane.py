@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from liveprune.pruning.errors import LiveprunError
+from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
+from liveprune.pruning.plan import Plan
 from liveprune.server.operations import Operation, Status, VariantView
 
 
@@ -38,6 +42,25 @@ class ControlPlane(Protocol):
 
     async def cancel(self, operation_id: str, /) -> Operation:
         """Give up an operation that has not switched yet."""
+
+    async def score(
+        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool
+    ) -> list[AnswerScores | LiveprunError]:
+        """Score answers under plans that nobody else sees; an error is that plan's own.
+
+        Raises ConflictError also where another operation interrupted it, and
+        IncompatibleEnvironmentError where the engine cannot do this at all.
+        """
+
+    async def generate(
+        self,
+        plans: Sequence[Plan | None],
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+    ) -> list[list[tuple[int, ...]] | LiveprunError]:
+        """Decode greedily under plans that nobody else sees; as ``score``."""
 
     async def variants(self) -> list[VariantView]:
         """All variants, ``full`` included."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from liveprune.patches.live_types import (
     KVStatus,
     Served,
 )
+from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 
 
 class LiveEngine(Protocol):
@@ -70,6 +71,37 @@ class LiveEngine(Protocol):
 
         Must not read the prefix cache: it checks the weights that are there now.
         """
+
+    def check_background(self) -> None:
+        """Refuse where requests cannot be served below those of users.
+
+        Raises:
+            IncompatibleEnvironmentError: naming the flag that would allow it.
+        """
+
+    async def keep_reference(self, full: Served, rows: Sequence[TokenRow]) -> None:
+        """Run the rows under the live full model, for ``score`` to compare with."""
+
+    async def score(
+        self, variant: Served, rows: Sequence[TokenRow], *, against_full: bool
+    ) -> AnswerScores:
+        """Score the rows' answers under a live slot, below user traffic.
+
+        ``against_full``: also compare with what ``keep_reference`` has kept of the same rows.
+        """
+
+    async def forget_scores(self) -> None:
+        """Let go of all that ``keep_reference``, or a ``score`` that was interrupted, has kept."""
+
+    async def generate(
+        self,
+        variant: Served,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+    ) -> list[tuple[int, ...]]:
+        """Decode greedily under a live slot, below user traffic; see ``Engine.generate``."""
 
     async def memory(self) -> EngineMemory:
         """What the weights take."""

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from liveprune.pruning.errors import ConflictError, VariantError
 from liveprune.server.change import Change
@@ -17,6 +18,8 @@ logger = logging.getLogger("liveprune")
 
 KEPT = 200
 """Operations that can still be asked for."""
+
+T = TypeVar("T")
 
 Asked = tuple[object, ...]
 """What a request asks for: an idempotency key must not come back with anything else."""
@@ -29,7 +32,8 @@ class OperationRunner:
         self._swapper = swapper
         self._operations: dict[str, Operation] = {}
         self._keys: dict[str, tuple[Asked, Operation]] = {}
-        self._current: tuple[Change, asyncio.Task[None]] | None = None
+        self._current: tuple[Change, asyncio.Task[Any]] | None = None
+        self._evaluation: asyncio.Task[Any] | None = None
         self.stopped = False
         self.outcomes: Counter[tuple[str, str]] = Counter()
         """Ended operations by kind and final state, for metrics."""
@@ -90,6 +94,39 @@ class OperationRunner:
             self._ended(change)
         return operation
 
+    async def evaluate(self, change: Change, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` in the place of an operation, which gives way to any other.
+
+        It ends when ``work`` does, whoever stops waiting for it, and is not remembered: searches
+        have many.
+
+        Raises:
+            ConflictError: an operation is under way, or this one was interrupted for one.
+        """
+        try:
+            self.check_free()
+        except ConflictError:
+            work.close()
+            raise
+        operation = change.operation
+        self._operations[operation.id] = operation
+        task = asyncio.create_task(work)
+        self._current, self._evaluation = (change, task), task
+        task.add_done_callback(lambda _: self._evaluated(operation))
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise ConflictError(
+                f"{operation.kind}: interrupted, by an operation on the variants or an operator; "
+                "try again"
+            )
+        return task.result()
+
+    async def make_way(self) -> None:
+        """Interrupt an evaluation if one runs, and wait until it has tidied up."""
+        while (task := self._evaluation) is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
     async def idle(self) -> None:
         """Wait for the end of the operation under way."""
         if self._current is not None:
@@ -136,6 +173,10 @@ class OperationRunner:
         change.cancel_asked = True
         task.cancel()
         return operation
+
+    def _evaluated(self, operation: Operation) -> None:
+        del self._operations[operation.id]
+        self._current = self._evaluation = None
 
     def _ended(self, change: Change) -> None:
         operation = change.operation

@@ -25,6 +25,8 @@ class State(StrEnum):
     """The routing tables become live; no request uses them yet."""
     CANARY = "canary"
     """Golden tokens."""
+    SCORING = "scoring"
+    """Candidates of a search answer, below user traffic."""
     SWITCHING = "switching"
     """New requests of the alias go to the new variant."""
     DRAINING = "draining"
@@ -47,7 +49,7 @@ class Operation:
     """One change, from request to end; kept for a while after it."""
 
     kind: str
-    """``add``, ``remove``, ``swap`` or ``rollback``."""
+    """``add``, ``remove``, ``swap`` or ``rollback``; ``score`` or ``generate`` for candidates."""
     variant: str
     """Full name of the variant it is about."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -131,6 +133,8 @@ class Status:
     """The operating system's figure for the engine's workers."""
     memory_target_bytes: int | None
     """Bound of experts + spare + other weights + KV."""
+    fingerprint: str
+    """Of the base model's config and experts (``pruning.checkpoint.fingerprint``)."""
     variants: tuple[VariantView, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Publication:
     variant: Variant
     served: Served
     phase: Phase
+    candidate: bool = False
+    """Of a search: it is nobody's variant, and is not shown as one."""
 
 
 class Registry:
@@ -144,7 +146,8 @@ class Registry:
 
     def views(self, row_bytes: Mapping[int, int]) -> tuple[VariantView, ...]:
         """Every variant, by name; ``row_bytes``: of each slot that is live in the engine."""
-        tags = {*self.known, *(p.variant.tag for p in self._publications)}
+        shown = [p.variant.tag for p in self._publications if not p.candidate]
+        tags = {*self.known, *shown}
         return tuple(self._view(tag, row_bytes) for tag in sorted(tags))
 
     def saved(self) -> SavedState:
@@ -160,7 +163,7 @@ class Registry:
 
     # What a swap changes.
 
-    def claim(self, variant: Variant) -> Publication:
+    def claim(self, variant: Variant, *, candidate: bool = False) -> Publication:
         """Give a variant a slot and an epoch; it is being prepared.
 
         Raises:
@@ -177,7 +180,9 @@ class Registry:
                 f"{self.full_name(variant.tag)}: found no free slot, taken by {holders}; remove "
                 "one, or start the server with more"
             )
-        return self._publish(variant, slot, Phase.PREPARING)
+        publication = self._publish(variant, slot, Phase.PREPARING)
+        publication.candidate = candidate
+        return publication
 
     def adopt(self, variant: Variant, slot: int) -> Publication:
         """Take over what the engine came up with; it becomes the alias target."""
@@ -249,7 +254,7 @@ class Registry:
         return publication
 
     def _view(self, tag: str, row_bytes: Mapping[int, int]) -> VariantView:
-        own = [p for p in self._publications if p.variant.tag == tag]
+        own = [p for p in self._publications if p.variant.tag == tag and not p.candidate]
         live = self._live.get(tag)
         shown = live or min(own, key=lambda p: list(Phase).index(p.phase), default=None)
         variant = shown.variant if shown else self.known[tag]

@@ -38,6 +38,9 @@ MIDDLEWARE = (
     "liveprune.server.variant_middleware.VariantMiddleware",
 )
 ADDITIONAL_CONFIG = "--additional-config"
+SCHEDULING = "--scheduling-policy"
+"""Candidates of a search run below user traffic, which takes ``priority``. Requests that state no
+priority are served as by vLLM's default, first come first served."""
 
 
 def serve(model: str, flags: Sequence[str], options: LiveOptions | None) -> None:
@@ -172,7 +175,9 @@ def vllm_arguments(model: str, flags: Sequence[str], live: LiveConfig | None = N
         return [model, *flags, *ours]
     rest, config = _take_config(flags)
     config |= live.to_additional_config()
-    return [model, *rest, *ours, ADDITIONAL_CONFIG, json.dumps(config)]
+    given = {flag.partition("=")[0].replace("_", "-") for flag in flags}
+    scheduling = [] if SCHEDULING in given else [SCHEDULING, "priority"]
+    return [model, *rest, *ours, *scheduling, ADDITIONAL_CONFIG, json.dumps(config)]
 
 
 def _other_door(flags: Sequence[str]) -> str | None:

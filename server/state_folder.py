@@ -1,7 +1,8 @@
 """The folder in which a server remembers its variants over restarts.
 
 ``state.json`` says which variants there are, which were live and what the alias served;
-``plans/DIGEST.json`` holds their plans and ``golden/`` their golden answers. Files appear whole or
+``plans/DIGEST.json`` holds their plans and ``golden/`` their golden answers; ``candidates/`` is
+empty but while plans of a search are tried out. Files appear whole or
 not at all, and one server uses the folder at a time.
 """
 
@@ -60,8 +61,10 @@ class StateFolder:
         self._writing = threading.Lock()
         self._lock: int | None = _lock(path)
         try:
-            for folder in ("plans", "golden"):
+            for folder in ("plans", "golden", "candidates"):
                 (path / folder).mkdir(mode=0o700, exist_ok=True)
+            for left in (path / "candidates").iterdir():  # by a server that was killed
+                left.unlink()
             self._base = base_fingerprint(base)
             self.state = self._read()
             """The last state saved; that of a fresh server if there is none."""
@@ -89,6 +92,10 @@ class StateFolder:
     def plan_path(self, digest: str) -> Path:
         """Where the plan with this digest is, in our own form."""
         return self.path / "plans" / f"{digest}.json"
+
+    def candidate_path(self, digest: str) -> Path:
+        """Where a plan is while it is tried out."""
+        return self.path / "candidates" / f"{digest}.json"
 
     def store_plan(self, plan: Plan) -> None:
         """Write a plan; one that is there already is written again, which mends it.

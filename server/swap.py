@@ -14,8 +14,9 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from liveprune.patches.live_types import Served
 from liveprune.pruning.errors import EngineError, LiveprunError
 from liveprune.server.change import Change
 from liveprune.server.operations import Operation, State
@@ -23,12 +24,15 @@ from liveprune.server.registry import Phase, Registry
 from liveprune.server.state_folder import SavedState
 from liveprune.server.swap_steps import Steps
 
+T = TypeVar("T")
+
 LIMITS: Mapping[State, float] = {
     State.QUEUED: 60,
     State.MAKING_ROOM: 600,  # until long requests let go of their KV blocks
     State.FILLING: 3600,
     State.PUBLISHING: 60,
     State.CANARY: 300,
+    State.SCORING: 600,  # of one candidate, behind all that users ask
     State.SWITCHING: 60,
     State.DRAINING: 600,  # until the streams on the old variant end
     State.RELEASING: 300,
@@ -54,6 +58,12 @@ MAKE_LIVE = (
     Step(State.MAKING_ROOM, Steps.make_room, Steps.give_room_back),
     Step(State.FILLING, Steps.fill, Steps.stop_filling),
     Step(State.PUBLISHING, Steps.publish, Steps.unpublish),
+)
+TRY_OUT = (
+    Step(State.QUEUED, Steps.store),
+    # Room is given back once, after the last candidate: the next one needs as much.
+    Step(State.MAKING_ROOM, Steps.make_room),
+    *MAKE_LIVE[2:],
 )
 MOVE_NAMES = (
     Step(State.CANARY, Steps.canary),
@@ -119,18 +129,40 @@ class Swapper:
         else:
             end = State.DONE
         try:
-            await _uninterrupted(self._steps.tidy(change))
+            await uninterrupted(self._steps.tidy(change))
         except OSError as error:
             operation.notes.append(f"files of a plan that is not needed stay: {error}")
         self._enter(operation, end)
         operation.finished = time.time()
+
+    async def try_out(self, change: Change, work: Callable[[Served], Coroutine[Any, Any, T]]) -> T:
+        """Make a candidate live under no name, work with it, and take it out again.
+
+        Raises:
+            LiveprunError: it could not be made live, or the work failed: then the operation is
+                ``scoring``. ``change.undone`` says if it is out again; the next operation tries
+                again if not.
+        """
+        self._entered = time.monotonic()
+        found: list[T] = []
+
+        async def run(_: Steps, change: Change) -> None:
+            found.append(await work(change.coming.served))
+
+        try:
+            for step in (*(() if change.new else TRY_OUT), Step(State.SCORING, run)):
+                await self._take(change, step)
+        finally:
+            await uninterrupted(self._undo(change))
+            await uninterrupted(self._steps.tidy(change))
+        return found[0]
 
     async def _walk(self, change: Change, table: Sequence[Step]) -> None:
         try:
             for step in table:
                 await self._take(change, step)
         except (Exception, asyncio.CancelledError):
-            await _uninterrupted(self._undo(change))
+            await uninterrupted(self._undo(change))
             raise
 
     async def _take(self, change: Change, step: Step) -> None:
@@ -211,7 +243,7 @@ class Swapper:
         return f"{reason}; {serving}, rows may be left over until the next operation"
 
 
-async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     """Await ``work`` to its end, whoever wants to cancel meanwhile."""
     task = asyncio.ensure_future(work)
     while not task.done():

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from liveprune.patches.live_types import KVStatus
 from liveprune.pruning.errors import EngineError
+from liveprune.pruning.plan_io import save_plan
 from liveprune.server.change import Change
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, compare, flaw, read_golden, write_golden
@@ -52,14 +53,18 @@ class Steps:
 
     async def store(self, change: Change) -> None:
         """Write the plan where the workers can read it."""
-        if change.variant.plan is not None:
-            await self._settled(asyncio.to_thread(self.folder.store_plan, change.variant.plan))
+        plan = change.variant.plan
+        if plan is not None and change.candidate:
+            path = self.folder.candidate_path(plan.digest)
+            await self._settled(asyncio.to_thread(save_plan, plan, path))
+        elif plan is not None:
+            await self._settled(asyncio.to_thread(self.folder.store_plan, plan))
 
     async def make_room(self, change: Change) -> None:
         """Get a slot, and shrink the KV cache by what the rows that are missing will take."""
         await self._clear_leftovers()
         await self._release()
-        change.new = self.registry.claim(change.variant)
+        change.new = self.registry.claim(change.variant, candidate=change.candidate)
         spec = self.registry.spec
         held = [p for p in self.registry.publications if p.phase in (Phase.LIVE, Phase.DRAINING)]
         plans = [p.variant.plan for p in held]
@@ -69,7 +74,7 @@ class Steps:
         needed = rows * row_bytes(memory, spec)
         await self._resize_kv(kv, room_for_rows(memory, kv, self.memory_target, needed))
 
-    async def give_room_back(self, _: Change) -> None:
+    async def give_room_back(self, _: Change | None = None) -> None:
         """Release what was filled, and let the KV cache have the bytes again."""
         await self._release()
         await self.fit_kv()
@@ -77,7 +82,8 @@ class Steps:
     async def fill(self, change: Change) -> None:
         """Have the missing rows read, merged and verified."""
         slot, digest = change.coming.served.slot, change.variant.digest
-        plan = None if digest is None else self.folder.plan_path(digest)
+        where = self.folder.candidate_path if change.candidate else self.folder.plan_path
+        plan = None if digest is None else where(digest)
         await self._settled(self.engine.prepare(slot, plan))
         while True:
             progress = await self.engine.progress(slot)
@@ -196,6 +202,11 @@ class Steps:
 
     async def tidy(self, change: Change) -> None:
         """Delete the files of plans that no variant has, or has any more."""
+        if change.candidate and change.variant.plan is not None:
+            path = self.folder.candidate_path(change.variant.plan.digest)
+            for file in (path, path.with_suffix(".safetensors")):
+                file.unlink(missing_ok=True)
+            return
         for digest in (change.variant.digest, change.replaced):
             if digest is not None:
                 await asyncio.to_thread(self.folder.discard, digest)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from liveprune.pruning.architectures import Architecture
-from liveprune.pruning.checkpoint.layer_tensors import LayerTensors
-from liveprune.pruning.checkpoint.safetensors_io import TensorEntry
+from liveprune.pruning.checkpoint.layer_tensors import LayerTensors, layer_tensors
+from liveprune.pruning.checkpoint.safetensors_io import TensorEntry, read_checkpoint
+from liveprune.pruning.model_spec import ModelSpec
 
 HEAD_BYTES = 4096
 
@@ -32,6 +34,18 @@ def fingerprint(block: LayerTensors, architecture: Architecture) -> str:
     for expert in range(block.layer.experts):
         for entry, start, size in _matrices(block, expert, architecture):
             state.update(entry.read(start, min(size, HEAD_BYTES)))
+    return state.hexdigest()
+
+
+def fingerprint_model(model: Path, spec: ModelSpec) -> str:
+    """Return one fingerprint of a model's config and of all its layers with experts, 32 hex digits.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+    """
+    state = hashlib.blake2b((model / "config.json").read_bytes(), digest_size=16)
+    for block in layer_tensors(read_checkpoint(model).tensors, spec):
+        state.update(fingerprint(block, spec.architecture).encode())
     return state.hexdigest()
 
 

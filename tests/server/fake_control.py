@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from fastapi import FastAPI
 
-from liveprune.pruning.errors import VariantError
+from liveprune.pruning.errors import ConflictError, LiveprunError, VariantError
+from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
+from liveprune.pruning.plan import Plan
 from liveprune.server.admin_api import make_app
 from liveprune.server.admin_key import key_digest
 from liveprune.server.admin_server import AdminServer, start
@@ -52,6 +55,10 @@ class FakeControl:
     golden_mismatches: int = 0
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     made: dict[str, Operation] = field(default_factory=dict)
+    outcomes: dict[str | None, AnswerScores | LiveprunError] = field(default_factory=dict)
+    """By digest of the plan, what ``score`` and ``generate`` do not make up."""
+    busy: int = 0
+    """Evaluations that are refused because an operation is under way, from now on."""
     before_answer: Callable[[], None] = lambda: None
 
     async def add(self, tag: str, plan: Path, *, idempotency_key: str | None = None) -> Operation:
@@ -75,6 +82,28 @@ class FakeControl:
         self.made[operation_id].state = State.CANCELLED
         return self.made[operation_id]
 
+    async def score(
+        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool
+    ) -> list[AnswerScores | LiveprunError]:
+        self._ask("score", plans, list(rows), against_full)
+        return [self.outcomes.get(_key(plan), self._scores(plan, rows)) for plan in plans]
+
+    async def generate(
+        self,
+        plans: Sequence[Plan | None],
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+    ) -> list[list[tuple[int, ...]] | LiveprunError]:
+        self._ask("generate", plans, list(prompts), max_tokens, set(end))
+        answers = [(len(prompt), max_tokens) for prompt in prompts]
+        found: list[list[tuple[int, ...]] | LiveprunError] = []
+        for plan in plans:
+            error = self.outcomes.get(_key(plan))
+            found.append(error if isinstance(error, LiveprunError) else answers)
+        return found
+
     async def variants(self) -> list[VariantView]:
         return self.known
 
@@ -96,6 +125,7 @@ class FakeControl:
             kv_max_blocks=80,
             process_bytes=9000,
             memory_target_bytes=6000,
+            fingerprint="abc",
             variants=tuple(self.known),
         )
 
@@ -110,6 +140,20 @@ class FakeControl:
     def operations(self) -> list[Operation]:
         return list(self.made.values())
 
+    def _ask(self, kind: str, plans: Sequence[Plan | None], *others: Any) -> None:
+        self.calls.append((kind, [_key(plan) for plan in plans], *others))
+        if self.busy:
+            self.busy -= 1
+            raise ConflictError("swap is under way")
+        if self.error is not None:
+            raise self.error
+
+    @staticmethod
+    def _scores(plan: Plan | None, rows: Sequence[TokenRow]) -> AnswerScores:
+        """Tells plans, and the tokens of the answers, apart."""
+        answer = np.array([token for row in rows for token in row.answer])
+        return AnswerScores(answer + (0 if plan is None else plan.layers[0].top_k), -answer / 8)
+
     def _must_know(self, tag: str) -> None:
         if tag not in [variant.tag for variant in self.known]:
             raise VariantError(f"variant {tag!r} is unknown; expected full")
@@ -123,6 +167,10 @@ class FakeControl:
         if kind != "cancel":
             self.made[operation.id] = operation
         return operation
+
+
+def _key(plan: Plan | None) -> str | None:
+    return None if plan is None else plan.digest
 
 
 def admin_app(control: FakeControl, folder: Path, *keys: str) -> FastAPI:

@@ -11,10 +11,12 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
 
 from liveprune.patches.live_types import (
     EngineMemory,
@@ -24,7 +26,8 @@ from liveprune.patches.live_types import (
     Served,
 )
 from liveprune.patches.row_assignment import assign_rows
-from liveprune.pruning.errors import EngineError
+from liveprune.pruning.errors import EngineError, IncompatibleEnvironmentError
+from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from liveprune.pruning.plan_guards import check_plan
@@ -48,6 +51,10 @@ METHODS = (
     "memory",
     "kv",
     "resize_kv",
+    "keep_reference",
+    "score",
+    "forget_scores",
+    "generate",
 )
 EXPERTS = 8
 LAYERS = 3
@@ -76,6 +83,11 @@ def fake_plan(*kept: Sequence[int], top_k: int = 1) -> Plan:
     lists = list(kept) * LAYERS if len(kept) == 1 else list(kept)
     layers = [LayerPlan(i, EXPERTS, top_k, tuple(ids)) for i, ids in enumerate(lists)]
     return Plan("mixtral", LAYERS, tuple(layers), Lineage("test"))
+
+
+def plan_number(plan: Plan | None) -> float:
+    """What the fake's scores are under a plan."""
+    return 0.0 if plan is None else float(int(plan.digest[:6], 16))
 
 
 @dataclass
@@ -177,6 +189,9 @@ class FakeEngine:
         """Times that a live slot named a row that was not resident: must stay empty."""
         self.salts: list[str | None] = []
         """Of every canary question."""
+        self.by_priority = True
+        self.reference: tuple[TokenRow, ...] = ()
+        """What ``keep_reference`` has kept."""
         self._spare_rows = spare_rows
         self._row_bytes = row_bytes
         self._other = other_weights
@@ -304,6 +319,39 @@ class FakeEngine:
         digest = None if plan is None else plan.digest
         return [self._answer(digest, prompt, tokens) for prompt in prompts]
 
+    def check_background(self) -> None:
+        if not self.by_priority:
+            raise IncompatibleEnvironmentError("found --scheduling-policy fcfs, expected priority")
+
+    @operation
+    def keep_reference(self, full: Served, rows: Sequence[TokenRow]) -> None:
+        assert self.held[full.slot].plan is None
+        self.reference = tuple(rows)
+
+    @operation
+    def score(
+        self, variant: Served, rows: Sequence[TokenRow], *, against_full: bool
+    ) -> AnswerScores:
+        assert not against_full or self.reference == tuple(rows)
+        answer = np.array([token for row in rows for token in row.answer])
+        values = np.full(len(answer), self._plan_number(variant))
+        return AnswerScores(answer, values, values if against_full else None)
+
+    @operation
+    def forget_scores(self) -> None:
+        self.reference = ()
+
+    @operation
+    def generate(
+        self,
+        variant: Served,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+    ) -> list[tuple[int, ...]]:
+        return [(int(self._plan_number(variant)), max_tokens, *sorted(end)) for _ in prompts]
+
     @operation
     def memory(self) -> EngineMemory:
         base = sum(row < EXPERTS for _, row in self.resident)
@@ -347,6 +395,12 @@ class FakeEngine:
         if digest in self.corrupt:
             found[-1] ^= 1
         return GoldenAnswer(found, [-(byte + 1) / 300 for byte in state])
+
+    def _plan_number(self, variant: Served) -> float:
+        """What tells plans apart; the slot must be live."""
+        if variant.slot not in self.live:
+            raise EngineError(f"{variant.name}: slot {variant.slot} is not live")
+        return plan_number(self.held[variant.slot].plan)
 
     def _begin(self, method: str) -> list[Fault]:
         """Count a call; returns the faults that hit it."""

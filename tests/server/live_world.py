@@ -96,13 +96,14 @@ class World:
         }
 
     def files(self) -> dict[str, Any]:
-        """state.json as a new server would read it, its count of epochs aside; the plans."""
+        """state.json as a new server would read it, its count of epochs aside; the plans' files."""
         state = self.read_state()
         return {
             "variants": dict(state.variants),
             "live": set(state.live),
             "alias": state.alias,
             "previous": state.previous,
+            "candidates": list((self.folder.path / "candidates").iterdir()),
             "plans": {path.stem for path in (self.folder.path / "plans").iterdir()},
         }
 
