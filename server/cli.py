@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import json
-import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from liveprune.pruning.errors import LiveprunError, PlanError, VariantError
+from liveprune.pruning.errors import LiveprunError, VariantError
 from liveprune.server import cli_live
 from liveprune.server.admin_key import STATE_VARIABLE
+from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
+from liveprune.server.cli_prune import prune
 
 app = typer.Typer(
     help="Prune a sparse mixture-of-experts model and serve it on vLLM.",
@@ -25,22 +25,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(prune)
 cli_live.register(app)
 console = Console()
 
-ModelArgument = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the hub.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RatioOption = Annotated[
     float | None, typer.Option(help="Share pruned, for plan files that only rank experts.")
 ]
-
-
-class Allocation(StrEnum):
-    """How a budget is shared out over the layers."""
-
-    UNIFORM = "uniform"
-    GLOBAL = "global"
 
 
 def main() -> None:
@@ -151,81 +143,6 @@ def serve(
 
 
 @app.command()
-def prune(
-    model: ModelArgument,
-    output: OutputOption,
-    method: Annotated[str, typer.Option(help="See docs/methods.md.")],
-    experts: Annotated[
-        str | None,
-        typer.Option(help="Kept per layer: a number, a fraction, a list like 4,4,6, or @FILE."),
-    ] = None,
-    tau: Annotated[
-        float | None,
-        typer.Option(help="moeits, instead of --experts: larger keeps more. See docs/methods.md."),
-    ] = None,
-    nmi: Annotated[
-        str, typer.Option(help="moeits: plain, or a control: shuffled, corrected.")
-    ] = "plain",
-    top_k: Annotated[str | None, typer.Option(help="Active experts: one number or a list.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="JSONL rows.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="For methods that draw.")] = 0,
-    allocate: Annotated[
-        Allocation, typer.Option(help="The same count in all layers, or one total shared out.")
-    ] = Allocation.UNIFORM,
-    skip_layers: Annotated[str, typer.Option(help="Layers to leave whole, e.g. 0,1,2.")] = "",
-    keep_super_experts: Annotated[
-        bool, typer.Option("--keep-super-experts", help="Never prune outlier experts.")
-    ] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens used of each row.")] = 2048,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows used.")] = 1024,
-    device: Annotated[str, typer.Option(help="Where calibration runs: cpu or cuda.")] = "cpu",
-    statistics_cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps calibration results for later calls.")
-    ] = None,
-    plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Write the plan, not a checkpoint.")
-    ] = False,
-) -> None:
-    """Choose the experts to keep and write the pruned checkpoint (or, --plan-only, the plan)."""
-    from liveprune.pruning.checkpoint.apply import apply_plan
-    from liveprune.pruning.plan_io import save_plan
-    from liveprune.pruning.prune import make_plan
-    from liveprune.server.model_path import local_model
-    from liveprune.server.progress import progress_bar
-
-    _check_output(output, is_file=plan_only)
-    folder = local_model(model)
-    with progress_bar(f"{method}: scoring experts") as update:
-        plan = make_plan(
-            folder,
-            method=method,
-            experts=None if experts is None else _budget(experts, folder),
-            tau=tau,
-            nmi=nmi,
-            top_k=_number_or_list("--top-k", top_k),
-            calibration=calibration,
-            seed=seed,
-            allocate=allocate.value,
-            skip_layers=_numbers("--skip-layers", skip_layers),
-            keep_super_experts=keep_super_experts,
-            max_tokens=max_tokens,
-            max_rows=max_rows,
-            device=device,
-            statistics_cache=statistics_cache,
-            progress=update,
-        )
-    if plan_only:
-        save_plan(plan, output)
-    else:
-        with progress_bar("writing", binary=True) as update:
-            apply_plan(folder, plan, output, progress=update)
-    kept = sum(layer.kept_experts for layer in plan.layers)
-    total = sum(layer.experts for layer in plan.layers)
-    console.print(f"plan {plan.digest}: {kept} of {total} experts kept", highlight=False)
-    console.print(f"written to {output}", highlight=False, soft_wrap=True)
-
-
-@app.command()
 def apply(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="A plan file, ours or a foreign one.")],
@@ -240,7 +157,7 @@ def apply(
     from liveprune.server.model_path import local_model
     from liveprune.server.progress import progress_bar
 
-    _check_output(output, is_file=False)
+    check_output(output, is_file=False)
     folder = local_model(model)
     recipe = read_any_plan(plan, ModelSpec.from_path(folder), ratio=ratio, top_k=top_k)
     with progress_bar("writing", binary=True) as update:
@@ -257,7 +174,7 @@ def export(
     from liveprune.pruning.foreign import write_llm_compressor_report
     from liveprune.pruning.plan_io import load_plan
 
-    _check_output(output, is_file=True)
+    check_output(output, is_file=True)
     write_llm_compressor_report(load_plan(plan), output)
     console.print(f"written to {output}", highlight=False, soft_wrap=True)
 
@@ -320,38 +237,3 @@ def demo(
     from liveprune.server.demo import run_demo
 
     run_demo(output, task=task, rows=rows, console=console)
-
-
-def _check_output(output: Path, *, is_file: bool) -> None:
-    """Refuse an output that is taken, or cannot be made, before hours of work."""
-    empty = not is_file and output.is_dir() and not any(output.iterdir())
-    if output.exists() and not empty:
-        expected = "a new file" if is_file else "a new or empty folder"
-        raise FileExistsError(f"{output}: exists already; expected {expected}")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise NotADirectoryError(f"{output}: {parent} is not a folder that can be written to")
-
-
-def _budget(experts: str, model: Path) -> str | list[int]:
-    """``@FILE`` names a file that states counts, as other projects' configs do."""
-    if not experts.startswith("@"):
-        return experts
-    from liveprune.pruning.foreign import read_counts
-    from liveprune.pruning.model_spec import ModelSpec
-
-    return read_counts(Path(experts[1:]), ModelSpec.from_path(model))
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise PlanError(f"{option}: found {text!r}, expected numbers like 0,1,2") from None
-
-
-def _number_or_list(option: str, text: str | None) -> int | list[int] | None:
-    numbers = _numbers(option, text or "")
-    if not numbers:
-        return None
-    return numbers if "," in str(text) else numbers[0]

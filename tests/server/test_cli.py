@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from liveprune.pruning.errors import LiveprunError
 from liveprune.pruning.plan_io import load_plan
-from liveprune.server import cli
 from liveprune.server.cli import app
+from liveprune.server.cli_options import number_or_list
 
 TinyModel = Callable[..., Path]
 
@@ -127,4 +127,4 @@ def test_an_error_is_one_line_and_status_2(tmp_path: Path) -> None:
     ("text", "expected"), [(None, None), ("2", 2), ("2,1,1", [2, 1, 1]), ("3,", [3])]
 )
 def test_number_or_list(text: str | None, expected: object) -> None:
-    assert cli._number_or_list("--top-k", text) == expected
+    assert number_or_list("--top-k", text) == expected

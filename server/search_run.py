@@ -1,0 +1,149 @@
+"""``liveprune prune --method eep``: data, engine, search, report, plan."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from liveprune.patches.tuned_kernels import untuned
+from liveprune.pruning.evaluation.task import load_task
+from liveprune.pruning.files import write_atomic
+from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan_io import save_plan
+from liveprune.pruning.search.genome import make_space
+from liveprune.pruning.search.report import write_report
+from liveprune.pruning.search.result import Score, SearchResult
+from liveprune.pruning.search.run import Progress, search
+from liveprune.server.search_engines import search_engine
+from liveprune.server.search_options import SearchOptions
+
+logger = logging.getLogger("liveprune")
+
+
+def run_search(options: SearchOptions, console: Console) -> Plan:
+    """Search, write the report and both stages' plans into the folder, return the last plan.
+
+    Interrupted by the keyboard or killed, the same call goes on where it stopped.
+
+    Raises:
+        LiveprunError: see ``pruning.search.run.search``; everything that can be refused is
+            refused before the engine starts.
+    """
+    spec = ModelSpec.from_path(options.model)
+    space = make_space(spec, options.settings, experts=options.experts, top_k=options.top_k)
+    kept = [group.kept for group in space.groups for _ in group.layers]
+    if warning := untuned(spec, set(kept)):
+        logger.warning("%s", warning)
+    paths = {"train": options.train, "dev": options.dev, "test": options.test}
+    tasks = {
+        name: load_task(
+            path,
+            options.model,
+            measure=options.measure,
+            max_rows=options.max_rows,
+            max_answer_tokens=options.max_answer_tokens,
+        )
+        for name, path in paths.items()
+        if path is not None
+    }
+    longest = max(task.longest for task in tasks.values())
+    with search_engine(options, spec, kept, longest) as engine, _bar() as show, _stop() as stop:
+        found = search(
+            options.model,
+            spec,
+            engine,
+            train=tasks["train"],
+            dev=tasks.get("dev"),
+            test=tasks.get("test"),
+            experts=options.experts,
+            top_k=options.top_k,
+            settings=options.settings,
+            seed=options.seed,
+            folder=options.folder,
+            progress=show,
+            cancel=stop,
+        )
+    _write(found, options)
+    console.print(_table(found))
+    console.print(f"report: {options.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return found.plan
+
+
+def _write(found: SearchResult, options: SearchOptions) -> None:
+    form: dict[str, Any] = found.to_json()
+    write_atomic(options.folder / "report.json", json.dumps(form, indent=1).encode() + b"\n")
+    write_report(form, options.folder / "report.html")
+    for stage in found.stages:
+        save_plan(stage.plan, options.folder / f"{stage.name}.plan.json")
+
+
+def _table(found: SearchResult) -> Table:
+    """Per cent, with 95 % intervals: train flatters, since the winner was chosen by it."""
+    table = Table("", *(f"{name} ({x['rows']} rows)" for name, x in found.data.items()))
+    rows: dict[str, Mapping[str, Score]] = {"full model": found.full}
+    rows |= {stage.name: stage.scores for stage in found.stages}
+    for name, scores in rows.items():
+        table.add_row(name, *(_cell(scores[key]) for key in found.data))
+    return table
+
+
+def _cell(score: Score) -> str:
+    if score.mean is None or score.low is None or score.high is None:
+        return f"failed: {score.failure}"
+    return f"{100 * score.mean:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    """Yield what shows a search's progress: candidates, time left, best so far."""
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[best]}"),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task("search", total=None, best="")
+
+    def show(progress: Progress) -> None:
+        bar.start()
+        best = "" if progress.best is None else f"best on train {100 * progress.best:.1f}"
+        stage = f"{progress.stage} (from the journal)" if progress.replaying else progress.stage
+        bar.update(
+            task, description=stage, completed=progress.done, total=progress.total, best=best
+        )
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+@contextmanager
+def _stop() -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C sets; the second interrupts as ever."""
+    event = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(_: int, __: FrameType | None) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from liveprune.pruning.demo import model_path, rows_path
+from liveprune.pruning.errors import DataError, LiveprunError, PlanError
+from liveprune.pruning.evaluation import transformers_engine
+from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.plan_io import CHECKPOINT_PLAN, load_plan
+from liveprune.pruning.search.presets import PRESETS, Settings
+from liveprune.server import search_engines, search_run
+from liveprune.server.cli import app
+from liveprune.server.search_options import SearchOptions, parse_settings
+
+DEMO = model_path()
+TRAIN, DEV, TEST = (rows_path("add", split) for split in ("train", "dev", "test"))
+SEARCH = (
+    *("prune", DEMO, "--method", "eep", "--experts", "4", "--train", TRAIN, "--max-rows", "8"),
+    *("--engine", "transformers", "--max-answer-tokens", "8", "--seed", "3"),
+    *("--set", "inits=3", "--set", "prune_candidates=4", "--set", "merge_candidates=3"),
+    *("--set", "children=2", "--set", "racing=false"),
+)
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_search_ends_in_a_checkpoint_and_a_report(tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    shown = run(*SEARCH, "-o", out, "--top-k", "1", "--dev", DEV, "--test", TEST)
+    folder = tmp_path / "pruned.search"
+    report = json.loads((folder / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["prune", "merge"]
+    assert report["data"]["test"]["rows"] == 8
+    assert [point["stage"] for point in report["curve"]] == ["prune"] * 4 + ["merge"] * 3
+    assert "<html" in (folder / "report.html").read_text()
+    plan = load_plan(out / CHECKPOINT_PLAN)
+    assert plan == load_plan(folder / "merge.plan.json")
+    assert plan.lineage.method == "eep"
+    assert [(x.kept_experts, x.top_k) for x in plan.layers] == [(4, 1)] * 4
+    pruned = load_plan(folder / "prune.plan.json")
+    assert all(len(layer.kept) == 4 for layer in pruned.layers)
+    for words in ("full model", "prune", "merge", "test (8", "rows)", f"plan {plan.digest}"):
+        assert words in shown
+
+
+def test_the_same_command_goes_on_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(*SEARCH, "-o", tmp_path / "a.json", "--plan-only", "--search-dir", tmp_path / "s")
+
+    def score(*_: object, **__: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(transformers_engine.TransformersEngine, "score", score)
+    again = run(*SEARCH, "-o", tmp_path / "b.json", "--plan-only", "--search-dir", tmp_path / "s")
+    assert again.replace("b.json", "a.json") == first
+    assert load_plan(tmp_path / "a.json") == load_plan(tmp_path / "b.json")
+
+
+def test_another_search_does_not_share_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    run(*SEARCH, "-o", tmp_path / "a.json", "--plan-only", "--search-dir", folder)
+    with pytest.raises(DataError, match="seed"):
+        run(*SEARCH, "-o", tmp_path / "b", "--search-dir", folder, "--seed", "4")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "eep", "--experts", "4"], "found no --train"),
+        (["--method", "eep", "--train", TRAIN], "found no --experts"),
+        (["--method", "eep", "--tau", "1"], "--tau: found with method eep"),
+        (["--method", "reap", "--train", TRAIN], "--train: found with method reap"),
+        (["--method", "reap", "--no-merge"], "--merge: found with method reap"),
+        (["--method", "random", "--set", "a=1"], "--set: found with method random"),
+        (
+            ["--method", "eep", "--train", TRAIN, "--experts", "4", "--top-k", "1,2,1,1"],
+            "--top-k: found '1,2,1,1', expected one number",
+        ),
+        (
+            ["--method", "eep", "--train", TRAIN, "--experts", "1"],
+            "layer 0: keeps 1 of 8 experts, expected at least 2",
+        ),
+        (
+            ["--method", "eep", "--train", TRAIN, "--experts", "4", "--groups", "9"],
+            "groups is 9, expected at most 4",
+        ),
+        (
+            ["--method", "eep", "--train", TRAIN, "--experts", "4", "--measure", "f1"],
+            "measure is 'f1', expected one of",
+        ),
+        (
+            ["--method", "eep", "--train", TRAIN, "--experts", "4", "--engine", "llama"],
+            "--engine: found 'llama', expected vllm, transformers or the URL",
+        ),
+    ],
+)
+def test_refusals_come_before_the_engine(
+    arguments: list[object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LiveprunError, match=message):
+        run("prune", DEMO, "-o", tmp_path / "out", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_read_by_name() -> None:
+    found = parse_settings("paper", ["scale=0.1", "racing=true", "semantics=slice"], groups=2)
+    assert (found.scale, found.racing, found.semantics, found.groups) == (0.1, True, "slice", 2)
+    assert found.children == PRESETS["paper"].children
+    assert parse_settings("liveprune", ["groups=each"], groups=None) == Settings(groups="each")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["scale"], "found 'scale', expected NAME=VALUE"),
+        (["scale=much"], "--set scale: found 'much', expected a number"),
+        (["racing=1"], "--set racing: found '1', expected true or false"),
+        (["inits=true"], "--set inits: found 'true', expected a number or a word"),
+        (["speed=1"], "found speed, which no search has"),
+        (["groups=2"], "found groups twice"),
+        (["inits=0"], "inits is 0, expected a whole number from 1"),
+    ],
+)
+def test_wrong_settings_are_named(changes: list[str], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        parse_settings("liveprune", changes, groups=4)
+
+
+def test_the_first_interrupt_asks_the_search_to_stop() -> None:
+    with search_run._stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_candidates_live_at_once_are_bounded_by_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec.from_path(DEMO)
+    # One candidate of 4 experts takes half of the experts' 32 x 3 x 128 x 192 bfloat16 numbers.
+    one = 32 * 3 * 128 * 192 * 2 // 2
+    model = search_engines._model_bytes(DEMO)
+
+    def candidates(room: float, **settings: object) -> int:
+        monkeypatch.setattr(search_engines, "_free_memory", lambda: model + int(2 * room * one))
+        options = SearchOptions(
+            model=DEMO,
+            folder=tmp_path,
+            train=TRAIN,
+            experts="4",
+            settings=parse_settings("liveprune", [], **settings),
+        )
+        return search_engines._candidates(options, spec, [4] * 4)
+
+    assert candidates(3.5) == 3
+    assert candidates(100) == 8
+    assert candidates(0.5) == 1
+    assert candidates(0.5, merge=False) == 8
