@@ -85,6 +85,9 @@ def test_both_stages_and_all_that_is_reported(run_search: Search, tmp_path: Path
     )
     assert merge.winner == merge.finalists[0].index
 
+    blocks = [rows for names, rows in data["train"].calls if "full" not in names]
+    assert sorted(blocks[0] + blocks[1] + blocks[2]) == list(range(60))
+    assert blocks[0] != sorted(blocks[0])
     assert [x.index for x in result.curve] == list(range(48))
     assert [x.stage for x in result.curve] == ["prune"] * 24 + ["merge"] * 24
     bests = [x.best for x in result.curve if x.best is not None]

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from liveprune.pruning.search.breeding import Breeding
+from liveprune.pruning.search.evaluator import Evaluator
+from liveprune.pruning.search.genome import Space, make_space
+from liveprune.pruning.search.journal import Journal, open_folder
+from liveprune.pruning.search.operators import initial
+from liveprune.pruning.search.presets import Settings
+from liveprune.pruning.search.row_sets import RowSet
+from tests.pruning.search.fakes import FakeTask, spec_of
+
+SPEC = spec_of(8, layers=2)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with open_folder(tmp_path, {}) as journal:
+        yield journal
+
+
+def breeding(journal: Journal, experts: int = 4, **changes: Any) -> tuple[Breeding, Space]:
+    settings = Settings(inits=6, prune_candidates=6, merge_candidates=12, **changes)
+    space = make_space(SPEC, settings, experts=experts)
+    train = RowSet("train", FakeTask(lambda plan, row: 0.5, 4), (0, 1, 2, 3))  # type: ignore[arg-type]
+    return Breeding(space, settings, 7, Evaluator(None, journal), train, lambda: None), space  # type: ignore[arg-type]
+
+
+def test_each_candidate_draws_from_its_own_stream(journal: Journal) -> None:
+    bred, space = breeding(journal)
+    bred.prune()
+    for index, candidate in enumerate(bred.population):
+        expected = space.plan(initial(space, np.random.default_rng([7, 1 + index])))
+        assert candidate.plan == expected
+        assert (candidate.index, candidate.stage) == (index, "prune")
+
+
+@pytest.mark.parametrize("from_winner", [True, False])
+def test_merging_starts_from_the_winner_or_from_all(journal: Journal, from_winner: bool) -> None:
+    # So little noise that the largest element of a row tells the experts it started from.
+    bred, _ = breeding(
+        journal, merge_from_winner=from_winner, scale=1e-3, crossover_prob=0.0, norm_prob=0.0
+    )
+    bred.prune()
+    winner = bred.population[3]
+    bred.merge(winner)
+    merged = [x for x in bred.population if x.stage == "merge"]
+    assert len(merged) == 12
+    origins = {tuple(m.argmax(axis=1).tobytes() for m in x.genome.merge) for x in merged}
+    home = tuple(m.argmax(axis=1).tobytes() for m in winner.genome.merge)
+    assert origins == {home} if from_winner else len(origins) > 1
+
+
+def test_merging_alone_starts_from_all_experts(journal: Journal) -> None:
+    bred, _ = breeding(journal, experts=8)
+    bred.merge(None)
+    assert len(bred.population) == 12
+    first, *others = (x.plan for x in bred.population)
+    assert all(layer.is_identity for layer in first.layers)
+    assert all(plan.merges for plan in others)
