@@ -64,3 +64,25 @@ def test_merging_alone_starts_from_all_experts(journal: Journal) -> None:
     first, *others = (x.plan for x in bred.population)
     assert all(layer.is_identity for layer in first.layers)
     assert all(plan.merges for plan in others)
+
+
+def test_children_become_parents_of_the_merge_stage(journal: Journal) -> None:
+    bred, _ = breeding(
+        journal,
+        merge_from_winner=True,
+        children=1,
+        crossover_prob=0.0,
+        norm_prob=0.0,
+        weight_change_prob=1.0,
+        transfer_change_prob=0.0,
+    )
+    bred.prune()
+    winner = bred.population[0].genome
+    bred.merge(bred.population[0])
+    changed = [
+        sum(np.count_nonzero(a != b) for a, b in zip(x.genome.merge, winner.merge, strict=True))
+        for x in bred.population[6:]
+    ]
+    # A mutation touches a quarter of the 64 elements: mean 16, deviation 3.5.
+    assert changed[0] < 30
+    assert max(changed) > 35
