@@ -53,6 +53,7 @@ class FakeControl:
     error: Exception | None = None
     ready: bool = True
     golden_mismatches: int = 0
+    fingerprint: str = "abc"
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     made: dict[str, Operation] = field(default_factory=dict)
     outcomes: dict[str | None, AnswerScores | LiveprunError] = field(default_factory=dict)
@@ -125,7 +126,7 @@ class FakeControl:
             kv_max_blocks=80,
             process_bytes=9000,
             memory_target_bytes=6000,
-            fingerprint="abc",
+            fingerprint=self.fingerprint,
             variants=tuple(self.known),
         )
 

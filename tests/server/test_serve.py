@@ -71,8 +71,20 @@ def test_the_live_config_joins_the_users_own_additional_config() -> None:
     carried = json.loads(found[found.index("--additional-config") + 1])
     assert carried == {"mine": 1, **config.to_additional_config()}
     assert found[:3] == ["m", "--port", "1"]
+    assert found[found.index("--scheduling-policy") + 1] == "priority"
     with pytest.raises(VariantError, match=r"--additional-config: found \[1\], expected a JSON"):
         serve.vllm_arguments("m", ["--additional-config=[1]"], config)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--scheduling-policy", "fcfs"], ["--scheduling-policy=fcfs"], ["--scheduling_policy=fcfs"]],
+)
+def test_the_users_own_scheduling_policy_stays(flags: list[str]) -> None:
+    found = serve.vllm_arguments("m", flags, LiveConfig("base", 17, 8, 100))
+    assert "priority" not in found
+    assert found[1 : 1 + len(flags)] == flags
+    assert "--scheduling-policy" not in serve.vllm_arguments("m", []), "only with live variants"
 
 
 def test_doors_past_the_middleware_turn_live_variants_off(
