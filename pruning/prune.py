@@ -24,6 +24,7 @@ from liveprune.pruning.budget import (
 from liveprune.pruning.calibration.rows import MAX_ROWS, MAX_TOKENS, Rows, load_rows
 from liveprune.pruning.calibration.statistics import RoutingStatistics
 from liveprune.pruning.calibration.weights import Weights
+from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.errors import DataError, PlanError
 from liveprune.pruning.methods import Method, find_method
 from liveprune.pruning.methods.moeits_plan import (
@@ -110,7 +111,7 @@ def make_plan(
     rows = _rows(model, spec, chosen, calibration, max_tokens, max_rows) if needs_rows else None
     statistics = None
     if rows is not None and weights is not None:
-        statistics = _statistics(weights, rows, device, statistics_cache, progress)
+        statistics = _statistics(model, rows, device, statistics_cache, progress)
     removals = {}
     if chosen.from_pairs is not None and weights is not None:
         removals = compare_experts(chosen, weights, budgets, nmi, seed, progress)
@@ -187,18 +188,18 @@ def _rows(
 
 
 def _statistics(
-    weights: Weights, rows: Rows, device: str, cache: Path | None, progress: Progress | None
+    model: Path, rows: Rows, device: str, cache: Path | None, progress: Progress | None
 ) -> RoutingStatistics:
     """Run the observer pass, or find its result in the cache."""
     from liveprune.pruning.calibration.observer import observe
 
     if cache is None:
-        return observe(weights.model, rows, device=device, progress=progress)
-    key = f"{weights.fingerprint()}{rows.digest}"
+        return observe(model, rows, device=device, progress=progress)
+    key = f"{fingerprint_model(model)}{rows.digest}"
     path = cache / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
     if path.exists():
         return RoutingStatistics.load(path)
-    statistics = observe(weights.model, rows, device=device, progress=progress)
+    statistics = observe(model, rows, device=device, progress=progress)
     statistics.save(path)
     return statistics
 

@@ -15,7 +15,6 @@ from liveprune.patches.entry import Front
 from liveprune.patches.live_engine import VLLMLiveEngine
 from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.files import write_atomic
-from liveprune.pruning.model_spec import ModelSpec
 from liveprune.server import admin_server, live_metrics, public_health
 from liveprune.server.admin_api import make_app
 from liveprune.server.admin_key import server_keys
@@ -127,9 +126,7 @@ class LiveServer:
             engine,
             self._folder,
             Canaries((*canary_prompts(engine.vocabulary), *self._prompts), key),
-            fingerprint=await asyncio.to_thread(
-                fingerprint_model, self._base, ModelSpec.from_path(self._base)
-            ),
+            fingerprint=await asyncio.to_thread(fingerprint_model, self._base),
             memory_target=self._options.memory_target
             or await default_target(engine, self._folder.path),
         )

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ValidationError
 from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.errors import EngineError
 from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
-from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.server.admin_client import AdminClient, AdminConflictError
 from liveprune.server.candidate_models import (
@@ -64,7 +63,7 @@ class ServerEngine:
             CheckpointError: ``model`` is unreadable.
         """
         self._patience = patience
-        expected = fingerprint_model(model, ModelSpec.from_path(model))
+        expected = fingerprint_model(model)
         self._client = AdminClient(url, key, key_source=key_source)
         try:
             self._check(self._client.status(), url, model, expected)

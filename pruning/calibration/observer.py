@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from liveprune.pruning.calibration.rows import BATCH_TOKENS, Batch, Rows
 from liveprune.pruning.calibration.statistics import LayerStatistics, RoutingStatistics
 from liveprune.pruning.calibration.streamed import StreamedModel
+from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec
 
@@ -60,7 +61,9 @@ def observe(
         found = _observe_layer(stream, index, experts.get(index), batches, hidden, step)
         if found is not None:
             layers[index] = found
-    return RoutingStatistics(layers, rows.tokens, rows.digest, stream.weights.fingerprint())
+    return RoutingStatistics(
+        layers, rows.tokens, rows.digest, fingerprint_model(stream.weights.model)
+    )
 
 
 def _observe_layer(

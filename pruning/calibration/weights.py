@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from liveprune.pruning.checkpoint.safetensors_io import TensorEntry, read_checkp
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec
 
-HEAD_BYTES = 4096
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -57,18 +55,6 @@ class Weights:
         if entry is None:
             raise CheckpointError(f"{self.model}: tensor {name} is missing")
         return read_tensor(entry)
-
-    def fingerprint(self) -> str:
-        """Digest of config and, of each tensor, the name, dtype, shape and first 4096 bytes.
-
-        Tells models apart in practice, fine-tunes of one base included, without reading all
-        bytes; it is no protection against forgery.
-        """
-        state = hashlib.blake2b((self.model / "config.json").read_bytes(), digest_size=16)
-        for name, entry in sorted(self.entries.items()):
-            state.update(f"{name}{entry.dtype}{entry.shape}".encode())
-            state.update(entry.read(0, min(entry.size, HEAD_BYTES)))
-        return state.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class SearchResult:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, without infinities or NaN.
 
-        Keys: ``format``, ``method``, ``model`` (a name), ``fingerprint`` (of the model's experts),
+        Keys: ``format``, ``method``, ``model`` (a name), ``fingerprint`` (of the checkpoint),
         ``seed``, ``parameters`` (``Settings``, ``experts``, ``top_k``, ``literal``), ``versions``,
         ``data`` (by set: ``rows``, ``digest`` of the task, ``measure``), ``groups`` (layer indices
         that share coefficients), ``full`` (by set a ``Score``), ``stages`` (fields of

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from liveprune.pruning.checkpoint.fingerprint import fingerprint
-from liveprune.pruning.checkpoint.layer_tensors import layer_tensors
-from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint
+from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.errors import EngineError, PlanError
 from liveprune.pruning.evaluation.engine import Engine
 from liveprune.pruning.model_name import model_name
@@ -113,7 +110,7 @@ def search(
         "top_k": top_k,
         "literal": space.literal,
     }
-    weights = _fingerprint(model, spec)
+    weights = fingerprint_model(model)
     identity = {
         "model": weights,
         "data": {k: None if task is None else task.digest for k, task in tasks.items()},
@@ -269,11 +266,3 @@ class _Run:
     def _enter(self, stage: str) -> None:
         self.stage = stage
         self.report()
-
-
-def _fingerprint(model: Path, spec: ModelSpec) -> str:
-    """Digest of the config and of all layers with experts (``checkpoint.fingerprint``)."""
-    state = hashlib.blake2b((model / "config.json").read_bytes(), digest_size=16)
-    for block in layer_tensors(read_checkpoint(model).tensors, spec):
-        state.update(fingerprint(block, spec.architecture).encode())
-    return state.hexdigest()
