@@ -1,9 +1,11 @@
 """What the methods keep of the demo model, task by task: EEP over seeds against the others.
 
     python -m benchmarks.eep [--seeds 5] [--tasks sort add] [--rows 128] [--folder build/eep]
+    python -m benchmarks.eep --started --seeds 3      (adds searches that start from these methods)
+    python -m benchmarks.eep --table            (the tables of docs/eep.md, from the JSON)
 
 One warm engine scores everything. Every search keeps its journal in the folder, so a stopped run
-goes on where it was. Test rows are touched once per plan; the table goes to docs/eep.md by hand.
+goes on where it was. Test rows are touched once per plan.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +100,11 @@ class Bench:
             high=interval.high,
         )
 
-    def searched(self, task: str, experts: int, top_k: int, seed: int) -> Iterator[Row]:
+    def searched(
+        self, task: str, experts: int, top_k: int, seed: int, starts: Sequence[Plan] = ()
+    ) -> Iterator[Row]:
         """Both stages of one search."""
+        mark = " from one-pass" if starts else ""
         found = search(
             self.model,
             self.spec,
@@ -109,14 +115,15 @@ class Bench:
             experts=experts,
             top_k=top_k,
             seed=seed,
-            folder=self.folder / f"{task}-e{experts}k{top_k}-{seed}",
+            starts=starts,
+            folder=self.folder / f"{task}-e{experts}k{top_k}-{seed}{mark.replace(' ', '-')}",
         )
         for stage in found.stages:
             train, dev, test = (stage.scores[key] for key in ("train", "dev", "test"))
             if test.mean is None or test.low is None or test.high is None:
                 raise RuntimeError(f"{task}: the winner was not scored: {test.failure}")
             yield Row(
-                *(task, f"eep {stage.name}", experts, top_k, seed, train.mean, dev.mean),
+                *(task, f"eep {stage.name}{mark}", experts, top_k, seed, train.mean, dev.mean),
                 test=test.mean,
                 low=test.low,
                 high=test.high,
@@ -150,12 +157,29 @@ class Bench:
             for seed in range(self.seeds):
                 yield from self.searched(task, experts, k, seed)
 
+    def started(self, task: str) -> Iterator[Row]:
+        """Searches that try the prunings of the one-pass methods first."""
+        for experts, k in BUDGETS:
+            plans = [
+                make_plan(
+                    self.model,
+                    method=method,
+                    experts=experts,
+                    top_k=k,
+                    calibration=rows_path(task, "train"),
+                    max_rows=self.rows,
+                )
+                for method in BASELINES
+            ]
+            for seed in range(self.seeds):
+                yield from self.searched(task, experts, k, seed, plans)
 
-def run(tasks: Iterable[str], bench: Bench, result: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+
+def run(tasks: Iterable[str], bench: Bench, result: Path, *, started: bool) -> None:
+    rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"] if started else []
     for task in tasks:
         start = time.process_time()
-        for row in bench.rows_of(task):
+        for row in bench.started(task) if started else bench.rows_of(task):
             rows.append(asdict(row))
             print(
                 f"{row.task:10} {row.method:18} e{row.experts:<4g} k{row.top_k} seed {row.seed}: "
@@ -165,7 +189,74 @@ def run(tasks: Iterable[str], bench: Bench, result: Path) -> list[dict[str, Any]
             content = {"machine": describe_machine(), "train_rows": bench.rows, "rows": rows}
             write_atomic(result, json.dumps(content, indent=1).encode())
         print(f"{task}: {time.process_time() - start:.0f} CPU seconds", flush=True)
-    return rows
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Test scores in per cent as Markdown: mean and, over seeds, standard deviation."""
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    cells: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        budget = f"{row.experts:g}" if "tau" not in row.method else "by tau"
+        key = f"{budget}, top-{row.top_k}", row.method
+        cells.setdefault(key, {}).setdefault(row.task, []).append(row)
+    lines = ["| experts | method | " + " | ".join(tasks) + " | mean |"]
+    lines.append("|---" * (len(tasks) + 3) + "|")
+    for (budget, method), of_task in cells.items():
+        found = [of_task.get(task, []) for task in tasks]
+        mean = statistics.mean(row.test for some in found for row in some)
+        shown = " | ".join(_cell(some) for some in found)
+        lines.append(f"| {budget} | {method} | {shown} | {100 * mean:.1f} |")
+    return "\n".join([*lines, "", *_claims(rows)])
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    values = [100 * row.test for row in rows]
+    text = f"{statistics.mean(values):.1f}"
+    if len(rows) > 1:
+        text += f" ± {statistics.stdev(values):.1f}"
+    kept = {row.experts for row in rows if "tau" in row.method}
+    return f"{text} ({kept.pop():.1f} kept)" if kept else text
+
+
+def _claims(rows: Sequence[Row]) -> list[str]:
+    """The paper's claims, counted over tasks and seeds."""
+    full = {row.task: row for row in rows if row.method == "full" and row.top_k == 2}
+    by_key = {(r.task, r.method, r.experts, r.top_k, r.seed): r for r in rows}
+    lines = ["| claim | " + " | ".join(f"{e} experts, top-{k}" for e, k in BUDGETS) + " |"]
+    lines.append("|---" * (len(BUDGETS) + 1) + "|")
+    counts: dict[str, list[str]] = {}
+    for experts, k in BUDGETS:
+        merged = [r for r in rows if (r.method, r.experts, r.top_k) == ("eep merge", experts, k)]
+
+        def other(row: Row, method: str, seed: int) -> Row:
+            return by_key[row.task, method, row.experts, row.top_k, seed]
+
+        def randoms(row: Row) -> float:
+            same = (row.task, row.experts, row.top_k)
+            return statistics.mean(
+                r.test
+                for r in rows
+                if r.method == "random" and (r.task, r.experts, r.top_k) == same
+            )
+
+        pruned = [other(r, "eep prune", r.seed) for r in merged]
+        checks = {
+            "merge reaches the full model's interval": [r.test >= full[r.task].low for r in merged],
+            "merge above frequency": [r.test > other(r, "frequency", 0).test for r in merged],
+            "merge above reap": [r.test > other(r, "reap", 0).test for r in merged],
+            "merge above the mean of random": [r.test > randoms(r) for r in merged],
+            "merge at least prune on dev": [
+                (r.dev or 0) >= (p.dev or 0) for r, p in zip(merged, pruned, strict=True)
+            ],
+            "merge at least prune on test": [
+                r.test >= p.test for r, p in zip(merged, pruned, strict=True)
+            ],
+        }
+        for name, held in checks.items():
+            counts.setdefault(name, []).append(f"{sum(held)} of {len(held)}")
+    return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in counts.items())]
 
 
 def main() -> None:
@@ -175,10 +266,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(task_names()), choices=task_names())
     parser.add_argument("--folder", type=Path, default=Path("build/eep"))
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--started", action="store_true", help="only those, added to --result")
+    parser.add_argument("--table", action="store_true", help="print the tables of --result")
     chosen = parser.parse_args()
+    if chosen.table:
+        print(tables([Row(**row) for row in json.loads(chosen.result.read_text())["rows"]]))
+        return
     logging.getLogger("vllm").setLevel(logging.ERROR)
     bench = Bench(chosen.rows, chosen.seeds, chosen.folder)
-    run(chosen.tasks, bench, chosen.result)
+    run(chosen.tasks, bench, chosen.result, started=chosen.started)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,18 @@ ONE_PASS_OPTIONS = (
     *("max_tokens", "device", "statistics_cache"),
 )
 SEARCH_OPTIONS = (
-    *("train", "dev", "test", "measure", "preset", "groups", "merge", "change", "search_dir"),
+    *(
+        "train",
+        "dev",
+        "test",
+        "measure",
+        "preset",
+        "groups",
+        "merge",
+        "start",
+        "change",
+        "search_dir",
+    ),
     *("engine", "dtype", "max_answer_tokens", "admin_key_file"),
 )
 console = Console()
@@ -111,6 +122,14 @@ def prune(
         bool,
         typer.Option("--merge/--no-merge", help="Merge after pruning.", rich_help_panel=_PANEL),
     ] = True,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD",
+            help="A one-pass method whose pruning, by --train, is tried first; repeatable.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
     change: Annotated[
         list[str] | None,
         typer.Option(
@@ -179,6 +198,7 @@ def prune(
                 groups=int(groups) if groups and groups.isdigit() else groups,
                 merge=None if merge else False,
             ),
+            starts=tuple(start or ()),
             seed=seed,
             engine=engine,
             admin_key_file=admin_key_file,

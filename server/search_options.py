@@ -28,6 +28,8 @@ class SearchOptions:
     measure: str = "exact"
     top_k: int | None = None
     settings: Settings = field(default_factory=Settings)
+    starts: Sequence[str] = ()
+    """One-pass methods, calibrated on the train rows, whose prunings are tried first."""
     seed: int = 0
     engine: str = "vllm"
     """``vllm``, ``transformers``, or the URL of a server's admin API."""

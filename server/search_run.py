@@ -17,15 +17,18 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from liveprune.patches.tuned_kernels import untuned
+from liveprune.pruning.calibration.rows import MAX_ROWS
 from liveprune.pruning.evaluation.task import load_task
 from liveprune.pruning.files import write_atomic
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_io import save_plan
+from liveprune.pruning.prune import make_plan
 from liveprune.pruning.search.genome import make_space
 from liveprune.pruning.search.report import write_report
 from liveprune.pruning.search.result import Score, SearchResult
 from liveprune.pruning.search.run import Progress, search
+from liveprune.server.progress import progress_bar
 from liveprune.server.search_engines import search_engine
 from liveprune.server.search_options import SearchOptions
 
@@ -58,6 +61,7 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
         for name, path in paths.items()
         if path is not None
     }
+    starts = [_start(options, name) for name in options.starts]
     longest = max(task.longest for task in tasks.values())
     with search_engine(options, spec, kept, longest) as engine, _bar() as show, _stop() as stop:
         found = search(
@@ -70,6 +74,7 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
             experts=options.experts,
             top_k=options.top_k,
             settings=options.settings,
+            starts=starts,
             seed=options.seed,
             folder=options.folder,
             progress=show,
@@ -79,6 +84,25 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
     console.print(_table(found))
     console.print(f"report: {options.folder / 'report.html'}", highlight=False, soft_wrap=True)
     return found.plan
+
+
+def _start(options: SearchOptions, method: str) -> Plan:
+    """The plan of a one-pass method under the search's budget."""
+    import torch
+
+    with progress_bar(f"{method}: scoring experts") as update:
+        return make_plan(
+            options.model,
+            method=method,
+            experts=options.experts,
+            top_k=options.top_k,
+            calibration=options.train,
+            max_rows=options.max_rows or MAX_ROWS,
+            seed=options.seed,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            statistics_cache=options.folder / "statistics",
+            progress=update,
+        )
 
 
 def _write(found: SearchResult, options: SearchOptions) -> None:

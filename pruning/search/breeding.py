@@ -47,22 +47,25 @@ class Breeding:
         self._report = report
         self._seen: set[str] = set()
 
-    def prune(self) -> None:
-        """Random prunings, children of the population, and random ones again.
+    def prune(self, starts: Sequence[Genome]) -> None:
+        """The given prunings, random ones, children of the population, and random ones again.
 
         The last only where the parents have no new children left: what remains of the space is
         then as good as any other part of it.
         """
         settings, space = self._settings, self._space
 
+        given = list(starts)
+
         def fresh(_: Sequence[Candidate], rng: np.random.Generator) -> Genome:
-            return initial(space, rng)
+            return given.pop(0) if given else initial(space, rng)
 
         def child(parents: Sequence[Candidate], rng: np.random.Generator) -> Genome:
             return prune_child(space, settings, parents, rng)
 
         budget = settings.prune_candidates
-        self._grow("prune", min(settings.inits, budget), self.population, fresh)
+        inits = max(settings.inits, len(starts))
+        self._grow("prune", min(inits, budget), self.population, fresh)
         self._grow("prune", budget - len(self.population), self.population, child)
         self._grow("prune", budget - len(self.population), self.population, fresh)
 

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from liveprune.pruning.budget import LayerBudget, layer_budgets, parse_budget
+from liveprune.pruning.budget import LayerBudget, layer_budgets, parse_budget, select
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.model_spec import ModelSpec, Router
 from liveprune.pruning.plan import LayerPlan, Lineage, Matrix, Plan
@@ -96,6 +96,26 @@ class Space:
             lineage=lineage or Lineage("eep"),
             base_model=self.base_model,
         )
+
+    def closest(self, plan: Plan) -> Genome:
+        """The pruning that keeps in each group what most of its layers keep in a pruned plan.
+
+        Of equal votes the lower expert stays; each of the router's groups keeps its number.
+
+        Raises:
+            PlanError: the plan merges experts, or is not of this model.
+        """
+        check_plan(plan, self.spec)
+        if plan.merges:
+            raise PlanError("start: found a plan that merges experts, expected one that keeps some")
+        rows = []
+        for group in self.groups:
+            votes = np.zeros(group.experts)
+            for index in group.layers:
+                votes[list(plan.layer(index).kept)] += 1
+            kept = select(votes, group.kept, self.spec.router, group.layers[0])
+            rows.append(one_hot(kept, group.experts))
+        return Genome(tuple(rows), tuple(rows))
 
 
 def one_hot(experts: Sequence[int], width: int) -> Matrix:

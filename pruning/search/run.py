@@ -19,7 +19,7 @@ from liveprune.pruning.prune import installed_versions
 from liveprune.pruning.search.breeding import Breeding
 from liveprune.pruning.search.candidate import Candidate, by_train
 from liveprune.pruning.search.evaluator import Evaluator, Failure
-from liveprune.pruning.search.genome import Space, make_space
+from liveprune.pruning.search.genome import Genome, Space, make_space
 from liveprune.pruning.search.journal import open_folder
 from liveprune.pruning.search.presets import Settings
 from liveprune.pruning.search.result import (
@@ -65,6 +65,7 @@ def search(
     test: Task | None = None,
     top_k: int | None = None,
     settings: Settings | None = None,
+    starts: Sequence[Plan] = (),
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
@@ -85,6 +86,8 @@ def search(
         test: Rows touched once, at the end.
         top_k: Active experts; None keeps the model's.
         settings: Hyper-parameters; None is the preset ``liveprune``.
+        starts: Pruned plans whose closest candidates come before the random ones (see
+            ``Space.closest``), e.g. of one-pass methods. EEP as published has none.
         seed: From 0; the same seed makes the same search.
         progress: Called after each generation.
         cancel: Once set, the search stops before its next call of the engine.
@@ -102,6 +105,9 @@ def search(
         raise PlanError(f"seed is {seed}, expected at least 0")
     name = model_name(model)
     space = make_space(spec, settings, experts=experts, top_k=top_k, base_model=name)
+    if starts and not space.prunes:
+        raise PlanError("starts: found prunings, expected none where all experts stay")
+    genomes = [space.closest(plan) for plan in starts]
     tasks = {"train": train, "dev": dev, "test": test}
     sets = row_sets({k: task for k, task in tasks.items() if task is not None}, settings, seed)
     parameters = {
@@ -109,6 +115,7 @@ def search(
         "experts": experts if isinstance(experts, str | int | float) else list(experts),
         "top_k": top_k,
         "literal": space.literal,
+        "starts": [space.plan(genome).digest for genome in genomes],
     }
     weights = fingerprint_model(model)
     identity = {
@@ -120,7 +127,7 @@ def search(
     with open_folder(folder, identity) as journal:
         evaluator = Evaluator(engine, journal, cancel)
         run = _Run(space, settings, seed, evaluator, sets, progress)
-        run.stages()
+        run.stages(genomes)
         lineage = Lineage(
             method="eep",
             parameters=parameters,
@@ -170,14 +177,14 @@ class _Run:
         self.planned = planned
         self.stage = "prune" if space.prunes else "merge"
 
-    def stages(self) -> None:
+    def stages(self, starts: Sequence[Genome]) -> None:
         for rows in ("train", "dev"):  # first, so that an engine that cannot run is found out
             (full,) = self.evaluator.score(self.sets[rows], [None])
             if isinstance(full, Failure):
                 raise EngineError(f"the full model cannot be scored on {rows}: {full.message}")
         winner = None
         if self.space.prunes:
-            self.breeding.prune()
+            self.breeding.prune(starts)
             winner = self._select("prune", None)
         if self.settings.merge:
             self.stage = "merge"

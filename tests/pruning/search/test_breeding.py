@@ -34,7 +34,7 @@ def breeding(journal: Journal, experts: int = 4, **changes: Any) -> tuple[Breedi
 
 def test_each_candidate_draws_from_its_own_stream(journal: Journal) -> None:
     bred, space = breeding(journal)
-    bred.prune()
+    bred.prune([])
     for index, candidate in enumerate(bred.population):
         expected = space.plan(initial(space, np.random.default_rng([7, 1 + index])))
         assert candidate.plan == expected
@@ -47,7 +47,7 @@ def test_merging_starts_from_the_winner_or_from_all(journal: Journal, from_winne
     bred, _ = breeding(
         journal, merge_from_winner=from_winner, scale=1e-3, crossover_prob=0.0, norm_prob=0.0
     )
-    bred.prune()
+    bred.prune([])
     winner = bred.population[3]
     bred.merge(winner)
     merged = [x for x in bred.population if x.stage == "merge"]
@@ -76,7 +76,7 @@ def test_children_become_parents_of_the_merge_stage(journal: Journal) -> None:
         weight_change_prob=1.0,
         transfer_change_prob=0.0,
     )
-    bred.prune()
+    bred.prune([])
     winner = bred.population[0].genome
     bred.merge(bred.population[0])
     changed = [
@@ -86,3 +86,20 @@ def test_children_become_parents_of_the_merge_stage(journal: Journal) -> None:
     # A mutation touches a quarter of the 64 elements: mean 16, deviation 3.5.
     assert changed[0] < 30
     assert max(changed) > 35
+
+
+def test_given_prunings_come_before_random_ones(journal: Journal) -> None:
+    bred, space = breeding(journal)
+    given = [initial(space, np.random.default_rng(100 + i)) for i in range(3)]
+    bred.prune([given[0], given[1], given[0], given[2]])  # one of them twice
+    plans = [x.plan for x in bred.population]
+    assert plans[:3] == [space.plan(genome) for genome in given]
+    assert len(plans) == len(set(plans)) == 6
+
+
+def test_more_given_prunings_than_first_ones_are_all_tried(journal: Journal) -> None:
+    bred, space = breeding(journal, children=1)
+    given = [initial(space, np.random.default_rng(100 + i)) for i in range(5)]
+    bred._settings = Settings(inits=2, prune_candidates=6)
+    bred.prune(given)
+    assert [x.plan for x in bred.population[:5]] == [space.plan(genome) for genome in given]

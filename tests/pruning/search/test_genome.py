@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from liveprune.pruning.errors import PlanError
-from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from liveprune.pruning.plan_guards import check_plan
 from liveprune.pruning.search.genome import Genome, Space, make_space, one_hot, picked
 from liveprune.pruning.search.presets import Settings
@@ -146,3 +146,29 @@ def test_grouped_routers_are_pruned_by_slicing() -> None:
 def test_fewer_active_experts() -> None:
     space = make_space(spec_of(top_k=2), Settings(), experts=1, top_k=1)
     assert [x.top_k for x in space.plan(genome([1], [2])).layers] == [1, 1]
+
+
+def plan_of(kept: list[tuple[int, ...]], experts: int = 6) -> Plan:
+    layers = tuple(LayerPlan(i, experts, 1, ids) for i, ids in enumerate(kept))
+    return Plan("mixtral", len(kept), layers, Lineage("test"))
+
+
+def test_the_closest_pruning_is_what_most_layers_of_a_group_keep() -> None:
+    space = make_space(spec_of(6, layers=5), Settings(groups=2), experts=2)
+    # Three layers, then two. Votes of the first: 0 once, 1 twice, 4 twice, 5 once; of the second
+    # 3 twice, 0 and 5 once each: the lower one stays.
+    genome = space.closest(plan_of([(0, 1), (1, 4), (4, 5), (3, 5), (0, 3)]))
+    assert [layer.kept for layer in space.plan(genome).layers] == [(1, 4)] * 3 + [(0, 3)] * 2
+
+
+def test_a_plan_of_the_space_is_closest_to_itself() -> None:
+    space = make_space(spec_of(6, layers=3), Settings(groups="each"), experts=2)
+    plan = plan_of([(0, 1), (2, 5), (3, 4)])
+    assert space.plan(space.closest(plan)) == plan
+
+
+def test_a_merging_plan_is_no_start() -> None:
+    space = make_space(spec_of(6, layers=1), Settings(), experts=2)
+    merged = LayerPlan(0, 6, 1, (0, 1), merge=one_hot([0, 1], 6) * 0.5)
+    with pytest.raises(PlanError, match="start: found a plan that merges experts"):
+        space.closest(Plan("mixtral", 1, (merged,), Lineage("test")))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from liveprune.pruning.errors import ConflictError, DataError, EngineError, PlanError
-from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from liveprune.pruning.plan_io import load_plan, save_plan
 from liveprune.pruning.search.evaluator import SearchCancelledError
 from liveprune.pruning.search.genome import make_space
@@ -438,3 +438,17 @@ def test_who_fails_on_test_is_reported(run_search: Search) -> None:
     assert prune.scores["test"].mean is None
     assert prune.differences["test"] == {}
     assert set(merge.differences["test"]) == {"full"}
+
+
+def test_a_search_can_start_from_given_prunings(run_search: Search, tmp_path: Path) -> None:
+    settings = Settings(groups="each", merge=False, inits=1, prune_candidates=1)
+    layers = tuple(LayerPlan(i, 4, 1, target) for i, target in enumerate(TARGET))
+    start = Plan("mixtral", 2, layers, Lineage("reap"))
+    found = run_search(**sets(overlap), settings=settings, starts=[start], folder=tmp_path / "s")
+    assert found.plan == start
+    assert found.plan.lineage.method == "eep"
+    assert found.parameters["starts"] == [start.digest]
+    with pytest.raises(DataError, match="starts"):
+        run_search(**sets(overlap), settings=settings, folder=tmp_path / "s")
+    with pytest.raises(PlanError, match="expected none where all experts stay"):
+        run_search(**sets(overlap), starts=[start], experts=4, folder=tmp_path / "t")
