@@ -29,7 +29,7 @@ async def score_candidates(body: Score, request: Request) -> ScoreAnswer:
     control: ControlPlane = request.app.state.admin.control
     plans = await asyncio.to_thread(_plans, body.plans)
     rows = [row.row() for row in body.rows]
-    found = await control.score(plans, rows, against_full=body.against_full)
+    found = await control.candidates.score(plans, rows, against_full=body.against_full)
     return ScoreAnswer(scores=[ScoresBody.of(scores) for scores in found])
 
 
@@ -39,7 +39,7 @@ async def generate_with_candidates(body: Generate, request: Request) -> Generate
     control: ControlPlane = request.app.state.admin.control
     plans = await asyncio.to_thread(_plans, body.plans)
     prompts = [tuple(prompt) for prompt in body.prompts]
-    found = await control.generate(
+    found = await control.candidates.generate(
         plans, prompts, max_tokens=body.max_tokens, end=frozenset(body.end)
     )
     return GenerateAnswer(generated=[GeneratedBody.of(answers) for answers in found])

@@ -33,8 +33,8 @@ TIDY_SECONDS = 300.0
 logger = logging.getLogger("liveprune")
 
 
-class Candidates:
-    """Tries plans out, over one engine."""
+class LiveCandidates:
+    """Tries plans out, over one engine; fulfils ``control_plane.Candidates``."""
 
     def __init__(self, steps: Steps, swapper: Swapper, runner: OperationRunner) -> None:
         self._steps = steps
@@ -44,9 +44,9 @@ class Candidates:
         self._runner = runner
 
     async def score(
-        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool
+        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool = False
     ) -> list[AnswerScores | LiveprunError]:
-        """See ``ControlPlane.score``."""
+        """See ``control_plane.Candidates.score``."""
         self._check_tokens(token for row in rows for token in (*row.prompt, *row.answer))
         engine = self._engine
         return await self._evaluate(
@@ -64,7 +64,7 @@ class Candidates:
         max_tokens: int,
         end: Collection[int],
     ) -> list[list[tuple[int, ...]] | LiveprunError]:
-        """See ``ControlPlane.generate``."""
+        """See ``control_plane.Candidates.generate``."""
         self._check_tokens(token for prompt in prompts for token in prompt)
         engine = self._engine
         return await self._evaluate(

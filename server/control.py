@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from liveprune.patches.live_types import BASE_SLOT
-from liveprune.pruning.errors import ConflictError, EngineError, LiveprunError, VariantError
-from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
+from liveprune.pruning.errors import ConflictError, EngineError, VariantError
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.plan import Plan
-from liveprune.server.candidates import Candidates
+from liveprune.server.candidates import LiveCandidates
 from liveprune.server.change import Change
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries
@@ -71,7 +69,7 @@ class Control:
         self._steps = Steps(engine, self._registry, folder, canaries, poll=poll, grace=grace)
         swapper = Swapper(self._steps, limits)
         self._runner = OperationRunner(swapper)
-        self._candidates = Candidates(self._steps, swapper, self._runner)
+        self._candidates = LiveCandidates(self._steps, swapper, self._runner)
         self._fingerprint = fingerprint
         self._asked_target = memory_target
         self._started = False
@@ -80,6 +78,12 @@ class Control:
     def directory(self) -> Registry:
         """What requests ask for their variant."""
         return self._registry
+
+    @property
+    def candidates(self) -> LiveCandidates:
+        """Plans that are tried out; ConflictError before all is restored."""
+        self._check_started()
+        return self._candidates
 
     @property
     def serving(self) -> str:
@@ -293,32 +297,6 @@ class Control:
     async def cancel(self, operation_id: str) -> Operation:
         """Have an operation undone; see ``OperationRunner.cancel`` for its refusals."""
         return self._runner.cancel(operation_id)
-
-    async def score(
-        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool = False
-    ) -> list[AnswerScores | LiveprunError]:
-        """Score answers under plans that nobody else sees; see ``server.candidates``.
-
-        Raises:
-            DataError: a token is not in the vocabulary.
-            ConflictError: an operation is under way, or one interrupted this.
-            EngineError: the engine failed.
-            IncompatibleEnvironmentError: the engine does not schedule by priority.
-        """
-        self._check_started()
-        return await self._candidates.score(plans, rows, against_full=against_full)
-
-    async def generate(
-        self,
-        plans: Sequence[Plan | None],
-        prompts: Sequence[tuple[int, ...]],
-        *,
-        max_tokens: int,
-        end: Collection[int],
-    ) -> list[list[tuple[int, ...]] | LiveprunError]:
-        """Decode greedily under plans that nobody else sees; raises as ``score`` does."""
-        self._check_started()
-        return await self._candidates.generate(plans, prompts, max_tokens=max_tokens, end=end)
 
     async def _accept(self, key: str | None, asked: Asked) -> Operation | None:
         """The operation that ``key`` began, or None if another may begin now."""

@@ -12,6 +12,29 @@ from liveprune.pruning.plan import Plan
 from liveprune.server.operations import Operation, Status, VariantView
 
 
+class Candidates(Protocol):
+    """Plans that are tried out on the running engine; nobody else sees them."""
+
+    async def score(
+        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool
+    ) -> list[AnswerScores | LiveprunError]:
+        """Score answers under plans; an error is that plan's own.
+
+        Raises ConflictError also where another operation interrupted it, and
+        IncompatibleEnvironmentError where the engine cannot do this at all.
+        """
+
+    async def generate(
+        self,
+        plans: Sequence[Plan | None],
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int,
+        end: Collection[int],
+    ) -> list[list[tuple[int, ...]] | LiveprunError]:
+        """Decode greedily under plans; as ``score``."""
+
+
 class ControlPlane(Protocol):
     """What the admin API needs of the live variants.
 
@@ -23,6 +46,10 @@ class ControlPlane(Protocol):
     @property
     def golden_mismatches(self) -> int:
         """Times that golden answers differed; never falls."""
+
+    @property
+    def candidates(self) -> Candidates:
+        """Raises IncompatibleEnvironmentError where plans cannot be tried out at all."""
 
     async def add(
         self, tag: str, plan: Path, /, *, idempotency_key: str | None = None
@@ -42,25 +69,6 @@ class ControlPlane(Protocol):
 
     async def cancel(self, operation_id: str, /) -> Operation:
         """Give up an operation that has not switched yet."""
-
-    async def score(
-        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool
-    ) -> list[AnswerScores | LiveprunError]:
-        """Score answers under plans that nobody else sees; an error is that plan's own.
-
-        Raises ConflictError also where another operation interrupted it, and
-        IncompatibleEnvironmentError where the engine cannot do this at all.
-        """
-
-    async def generate(
-        self,
-        plans: Sequence[Plan | None],
-        prompts: Sequence[tuple[int, ...]],
-        *,
-        max_tokens: int,
-        end: Collection[int],
-    ) -> list[list[tuple[int, ...]] | LiveprunError]:
-        """Decode greedily under plans that nobody else sees; as ``score``."""
 
     async def variants(self) -> list[VariantView]:
         """All variants, ``full`` included."""

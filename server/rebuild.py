@@ -13,8 +13,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NoReturn
 
 from rich.filesize import decimal
 
@@ -26,10 +27,8 @@ from liveprune.pruning.errors import (
     LiveprunError,
     VariantError,
 )
-from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.pruning.foreign import read_any_plan
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.plan import Plan
 from liveprune.server.operations import Operation, State, Status, VariantView
 from liveprune.server.rebuild_checkpoints import RebuiltCheckpoints
 from liveprune.server.rebuild_operations import RebuildOperations
@@ -92,6 +91,18 @@ class RebuildControl:
         self._served: Inspection | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._settled = False
+
+    @property
+    def candidates(self) -> NoReturn:
+        """Always refused: a candidate would take a restart.
+
+        Raises:
+            IncompatibleEnvironmentError: naming what live variants cannot work with.
+        """
+        raise IncompatibleEnvironmentError(
+            "rebuild mode: plans can be tried out on live variants only, which cannot work with "
+            f"{self.reason}"
+        )
 
     async def start(self) -> None:
         """Take over from the process before, and wait for the first answer in the background."""
@@ -216,31 +227,6 @@ class RebuildControl:
         """
         return await self._operations.cancel(operation_id)
 
-    async def score(
-        self,
-        plans: Sequence[Plan | None],  # noqa: ARG002
-        rows: Sequence[TokenRow],  # noqa: ARG002
-        *,
-        against_full: bool,  # noqa: ARG002
-    ) -> list[AnswerScores | LiveprunError]:
-        """Always refused: a candidate would take a restart.
-
-        Raises:
-            IncompatibleEnvironmentError: naming what live variants cannot work with.
-        """
-        raise self._no_candidates()
-
-    async def generate(
-        self,
-        plans: Sequence[Plan | None],  # noqa: ARG002
-        prompts: Sequence[tuple[int, ...]],  # noqa: ARG002
-        *,
-        max_tokens: int,  # noqa: ARG002
-        end: Collection[int],  # noqa: ARG002
-    ) -> list[list[tuple[int, ...]] | LiveprunError]:
-        """Always refused, as ``score`` is."""
-        raise self._no_candidates()
-
     async def variants(self) -> list[VariantView]:
         """All variants, ``full`` included, by name."""
         known = {FULL: self._full, **self._folder.state.variants, **self._checkpoints.building}
@@ -276,12 +262,6 @@ class RebuildControl:
     def operations(self) -> list[Operation]:
         """The newest first; of those before a restart, the swap that it was for."""
         return self._operations.operations()
-
-    def _no_candidates(self) -> IncompatibleEnvironmentError:
-        return IncompatibleEnvironmentError(
-            f"rebuild mode: plans can be tried out on live variants only, which cannot work with "
-            f"{self.reason}"
-        )
 
     def _accept(self, key: str | None, asked: tuple[str, ...]) -> Operation | None:
         """The operation that ``key`` began, or None if another may begin now."""

@@ -83,6 +83,10 @@ class FakeControl:
         self.made[operation_id].state = State.CANCELLED
         return self.made[operation_id]
 
+    @property
+    def candidates(self) -> FakeControl:
+        return self
+
     async def score(
         self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool
     ) -> list[AnswerScores | LiveprunError]:

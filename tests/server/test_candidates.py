@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def test_each_plan_is_scored_and_nothing_is_left(tmp_path: Path) -> None:
                 (method, w.registry.cards(), w.registry.saved().live, len(w.registry.views({})))
             )
             plans = [A, None, B, merged(4), C]
-            found = await w.control.score(plans, ROWS, against_full=True)
+            found = await w.control.candidates.score(plans, ROWS, against_full=True)
             assert [number(x) for x in found] == [plan_number(plan) for plan in plans]
             assert all(isinstance(x, AnswerScores) and x.overlap is not None for x in found)
             assert w.snapshot() == before
@@ -72,7 +74,9 @@ def test_generation_under_each_plan(tmp_path: Path) -> None:
     async def test() -> None:
         async with world(tmp_path) as w:
             before = w.snapshot()
-            found = await w.control.generate([B, None], [(1,), (2, 3)], max_tokens=7, end={5, 4})
+            found = await w.control.candidates.generate(
+                [B, None], [(1,), (2, 3)], max_tokens=7, end={5, 4}
+            )
             assert found == [[(int(plan_number(plan)), 7, 4, 5)] * 2 for plan in (B, None)]
             assert w.snapshot() == before
 
@@ -86,7 +90,7 @@ def test_the_full_model_comes_back_for_a_moment_where_it_is_not_live(tmp_path: P
             await w.swap("a")
             assert set(w.registry.live) == {"a"}
             before = w.snapshot()
-            found = await w.control.score([B], ROWS, against_full=True)
+            found = await w.control.candidates.score([B], ROWS, against_full=True)
             assert number(found[0]) == plan_number(B)
             assert w.snapshot() == before
             w.check()
@@ -100,7 +104,7 @@ def test_a_plan_that_does_not_fit_is_its_own_error(tmp_path: Path) -> None:
     async def test() -> None:
         async with world(tmp_path, row_bytes=500) as w:
             before = w.snapshot()
-            found = await w.control.score([foreign, merged(5), B, merged(4)], ROWS)
+            found = await w.control.candidates.score([foreign, merged(5), B, merged(4)], ROWS)
             assert isinstance(found[0], PlanError)
             assert isinstance(found[1], EngineError)
             assert "merges 5 experts, found 4 free spare rows" in str(found[1])
@@ -116,12 +120,12 @@ def test_the_memory_target_holds(tmp_path: Path) -> None:
 
     async def test() -> None:
         async with world(tmp_path, kv=FULL_KV) as w:
-            found = await w.control.score([merged(2)], ROWS)
+            found = await w.control.candidates.score([merged(2)], ROWS)
             assert number(found[0]) == plan_number(merged(2))
             w.check()
         async with world(tmp_path / "small", kv=FULL_KV, spare_rows=8) as w:
             before = w.snapshot()
-            (failed,) = await w.control.score([merged(8)], ROWS)
+            (failed,) = await w.control.candidates.score([merged(8)], ROWS)
             assert "memory target: 24,000 bytes of new expert rows" in str(failed)
             assert w.snapshot() == before
             w.check()
@@ -133,7 +137,7 @@ def test_no_free_slot_is_an_error(tmp_path: Path) -> None:
     async def test() -> None:
         async with world(tmp_path, slots=2) as w:
             await w.add("a", A)
-            (failed,) = await w.control.score([B], ROWS)
+            (failed,) = await w.control.candidates.score([B], ROWS)
             assert "found no free slot, taken by m:a (live)" in str(failed)
             w.check()
 
@@ -146,12 +150,12 @@ def test_bad_tokens_are_refused_before_anything(tmp_path: Path) -> None:
             calls = w.engine.calls.copy()
             for rows in ([TokenRow((1,), (128,))], [TokenRow((-1,), (1,))]):
                 with pytest.raises(DataError, match="expected 0 to 127"):
-                    await w.control.score([B], rows)
+                    await w.control.candidates.score([B], rows)
             with pytest.raises(DataError, match="found the token 500"):
-                await w.control.generate([B], [(500,)], max_tokens=1, end=())
+                await w.control.candidates.generate([B], [(500,)], max_tokens=1, end=())
             w.engine.by_priority = False
             with pytest.raises(IncompatibleEnvironmentError, match="expected priority"):
-                await w.control.score([B], ROWS)
+                await w.control.candidates.score([B], ROWS)
             assert w.engine.calls == calls
 
     run(test())
@@ -164,7 +168,7 @@ def test_every_single_fault_leaves_nothing_behind(method: str, tmp_path: Path) -
     async def calls() -> int:
         async with world(tmp_path / "count", row_bytes=500) as w:
             before = w.engine.calls[method]
-            await w.control.score(plans, ROWS, against_full=True)
+            await w.control.candidates.score(plans, ROWS, against_full=True)
             return w.engine.calls[method] - before
 
     async def fault(when: str, first: int) -> None:
@@ -172,7 +176,7 @@ def test_every_single_fault_leaves_nothing_behind(method: str, tmp_path: Path) -
             before = w.snapshot()
             w.engine.fail(method, when, first=first)
             try:
-                found = await w.control.score(plans, ROWS, against_full=True)
+                found = await w.control.candidates.score(plans, ROWS, against_full=True)
             except EngineError as error:
                 found = [error] * len(plans)
             for one, plan in zip(found, plans, strict=True):
@@ -185,7 +189,7 @@ def test_every_single_fault_leaves_nothing_behind(method: str, tmp_path: Path) -
             if w.snapshot() != before:
                 # What could not be undone is, with the next call.
                 assert "m:candidate" not in str(w.registry.views({}))
-                await w.control.score([B], ROWS)
+                await w.control.candidates.score([B], ROWS)
             assert w.snapshot() == before
             w.check()
 
@@ -204,7 +208,7 @@ def test_what_fails_while_scoring_fails_the_call(tmp_path: Path) -> None:
             for method in ("score", "keep_reference"):
                 w.engine.fail(method)
                 with pytest.raises(EngineError, match=f"injected before {method}"):
-                    await w.control.score([B], ROWS, against_full=True)
+                    await w.control.candidates.score([B], ROWS, against_full=True)
                 assert w.snapshot() == before
 
     run(test())
@@ -216,7 +220,7 @@ def test_a_score_that_takes_too_long_ends(tmp_path: Path) -> None:
             before = w.snapshot()
             w.engine.hang("score")
             with pytest.raises(EngineError, match=r"scoring took longer than 0.05 s"):
-                await w.control.score([B], ROWS)
+                await w.control.candidates.score([B], ROWS)
             assert w.snapshot() == before
 
     run(test())
@@ -225,7 +229,7 @@ def test_a_score_that_takes_too_long_ends(tmp_path: Path) -> None:
 async def begun(w: World, method: str = "score") -> asyncio.Task[Any]:
     """A call that hangs in ``method``."""
     w.engine.hang(method)
-    task = asyncio.create_task(w.control.score([B], ROWS))
+    task = asyncio.create_task(w.control.candidates.score([B], ROWS))
     calls = w.engine.calls[method]
     await w.until(lambda: w.engine.calls[method] > calls)
     return task
@@ -266,11 +270,11 @@ def test_an_operation_under_way_is_a_conflict(tmp_path: Path) -> None:
         async with world(tmp_path) as w:
             operation = await w.control.add("a", w.plan_file(A))
             with pytest.raises(ConflictError, match="is under way: add of m:a"):
-                await w.control.score([B], ROWS)
+                await w.control.candidates.score([B], ROWS)
             await w.ended(operation)
             task = await begun(w)
             with pytest.raises(ConflictError, match="is under way: score"):
-                await w.control.score([B], ROWS)
+                await w.control.candidates.score([B], ROWS)
             task_operation = (await w.control.status()).operation
             assert task_operation is not None
             await w.control.cancel(task_operation.id)
@@ -305,7 +309,7 @@ def test_before_the_start_nothing_is_scored(tmp_path: Path) -> None:
     async def test() -> None:
         w = World(tmp_path)
         with pytest.raises(ConflictError, match="restoring"):
-            await w.control.score([fake_plan([0])], ROWS)
+            await w.control.candidates.score([fake_plan([0])], ROWS)
         w.folder.close()
 
     run(test())
@@ -318,5 +322,49 @@ def test_files_of_a_killed_server_are_removed(tmp_path: Path) -> None:
             left.write_text("{}")
         async with world(tmp_path):
             assert not left.exists()
+
+    run(test())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_searches_and_operators_at_any_moment(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever meets whatever: operations succeed, scores are right or interrupted."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    choose = random.Random(seed)
+    plans = [A, B, C, None, merged(2), merged(4)]
+
+    async def search(w: World) -> int:
+        """Scores a few plans; asks again when interrupted. Returns how often it was."""
+        asked = choose.sample(plans, 3)
+        for interruptions in range(1000):
+            try:
+                found = await w.control.candidates.score(asked, ROWS, against_full=True)
+            except ConflictError:
+                await asyncio.sleep(0.001)
+                continue
+            assert [number(x) for x in found] == [plan_number(plan) for plan in asked]
+            return interruptions
+        raise AssertionError("never its turn")
+
+    async def test() -> None:
+        interrupted = 0
+        async with world(tmp_path, slots=6, row_bytes=300) as w:
+            assert (await w.add("a", A)).state is State.DONE
+            for _ in range(25):
+                task = asyncio.create_task(search(w))
+                for _ in range(choose.randrange(120)):
+                    await asyncio.sleep(0)
+                if choose.random() < 0.7:
+                    tag = choose.choice(["a", "full"])
+                    if choose.random() < 0.5:
+                        operation = await w.control.swap(tag, choose.random() < 0.5)
+                    else:
+                        operation = await w.control.add("b", w.plan_file(choose.choice([B, C])))
+                    assert (await w.ended(operation)).state is State.DONE
+                interrupted += await task
+                w.check()
+        assert interrupted > 5
 
     run(test())

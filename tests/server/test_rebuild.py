@@ -15,7 +15,13 @@ import pytest
 
 from liveprune.pruning.checkpoint.inspect import inspect
 from liveprune.pruning.checkpoint.verify import verify_checkpoint
-from liveprune.pruning.errors import CheckpointError, ConflictError, PlanError, VariantError
+from liveprune.pruning.errors import (
+    CheckpointError,
+    ConflictError,
+    IncompatibleEnvironmentError,
+    PlanError,
+    VariantError,
+)
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_io import save_plan
 from liveprune.server import rebuild_checkpoints
@@ -269,6 +275,15 @@ async def test_idempotency_keys(world: World) -> None:
         with pytest.raises(ConflictError, match="idempotency key 'a': came with"):
             await control.swap("small", idempotency_key="a")
         assert control.operations() == [first]
+
+
+async def test_plans_cannot_be_tried_out(world: World) -> None:
+    async with world.control() as control:
+        with pytest.raises(
+            IncompatibleEnvironmentError, match=r"rebuild mode: .* cannot work with"
+        ):
+            _ = control.candidates
+        assert (await control.status()).fingerprint == ""
 
 
 @pytest.mark.usefixtures("quick")

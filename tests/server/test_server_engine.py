@@ -11,7 +11,6 @@ import pytest
 from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.errors import EngineError
 from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
-from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.server import server_engine
 from liveprune.server.server_engine import ServerEngine
@@ -31,7 +30,7 @@ def model(tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def control(model: Path) -> FakeControl:
-    return FakeControl(fingerprint=fingerprint_model(model, ModelSpec.from_path(model)))
+    return FakeControl(fingerprint=fingerprint_model(model))
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
-from liveprune.pruning.model_spec import ModelSpec
 
 
 def fingerprint(model: Path) -> str:
-    return fingerprint_model(model, ModelSpec.from_path(model))
+    return fingerprint_model(model)
 
 
 def test_a_model_is_known_by_its_config_and_experts(
