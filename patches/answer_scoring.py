@@ -41,9 +41,11 @@ def score_answers(
         part = slice(start, start + length)
         logits = compute_logits(hidden[part])
         full = None if reference is None else compute_logits(reference[part])
-        if logits is None:
-            return None
-        columns.append(_columns(logits.float(), targets[part], full))
+        # The ranks work on every piece together, whichever of them gets the logits.
+        if logits is not None:
+            columns.append(_columns(logits.float(), targets[part], full))
+    if not columns:
+        return None
     predicted, *values = (torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
     return AnswerScores(predicted, *(column.astype(np.float64) for column in values))
 

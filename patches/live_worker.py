@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from liveprune.patches import kv_memory
 from liveprune.patches.candidates import Candidates
 from liveprune.patches.expert_reader import ExpertReader
 from liveprune.patches.live_config import LiveConfig
 from liveprune.patches.live_layers import LiveLayer, batch_slots, find_layers
 from liveprune.patches.live_types import BASE_SLOT
-from liveprune.patches.packed_forward import PackedForward
-from liveprune.patches.request_scoring import RequestScores, attach, take_scores
+from liveprune.patches.request_scoring import RequestScores, attach
 from liveprune.patches.row_assignment import Assignment, assign_rows
 from liveprune.patches.row_filler import FillTask, MergeJob, RowFiller
 from liveprune.pruning.errors import EngineError, LiveprunError
-from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Plan
 from liveprune.pruning.plan_guards import check_plan
@@ -49,7 +46,16 @@ class Slot:
 
 
 class LiveWorker:
-    """Everything of one worker process that live variants need."""
+    """Slots and rows of one worker process; ``live_operations`` calls its methods by name.
+
+    Attributes:
+        spec: of the checkpoint.
+        runner: vLLM's model runner.
+        model: vLLM's model.
+        batch: which token is whose.
+        candidates: plans of a search that are live for a moment.
+        scores: answers of requests that are being scored.
+    """
 
     def __init__(self, worker: Any, config: LiveConfig) -> None:
         """``worker``: vLLM's, its model loaded without experts. Fills what is live at start.
@@ -61,16 +67,16 @@ class LiveWorker:
         # The filler gives rows memory on its own threads.
         self._lock = threading.RLock()
         self._device = worker.device
-        self._spec = ModelSpec.from_path(Path(config.checkpoint))
-        self._runner = worker.model_runner
-        self._model = self._runner.get_model()
-        self._batch = batch_slots(worker, config)
-        self._runner.liveprune_batch = self._batch
-        self._layers = find_layers(self._model, self._spec, config, self._batch, self._device)
+        self.spec = ModelSpec.from_path(Path(config.checkpoint))
+        self.runner = worker.model_runner
+        self.model = self.runner.get_model()
+        self.batch = batch_slots(worker, config)
+        self.runner.liveprune_batch = self.batch
+        self._layers = find_layers(self.model, self.spec, config, self.batch, self._device)
         parallel = worker.parallel_config
         reader = ExpertReader(
             Path(config.checkpoint),
-            self._spec,
+            self.spec,
             dtype=worker.model_config.dtype,
             tp_rank=worker.rank % parallel.tensor_parallel_size,
             tp_size=parallel.tensor_parallel_size,
@@ -82,28 +88,21 @@ class LiveWorker:
             protect=lambda: self._lock,
         )
         self._slots: dict[int, Slot] = {}
-        self._candidates = Candidates(self._layers, self._spec)
+        self.candidates = Candidates(self._layers, self.spec)
         dtype = worker.model_config.dtype
-        self._scores = RequestScores(worker.model_config.get_hidden_size() * dtype.itemsize)
-        attach(self._runner, self._scores)
+        self.scores = RequestScores(worker.model_config.get_hidden_size() * dtype.itemsize)
+        attach(self.runner, self.scores)
         self._start(config)
-
-    def call(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one operation; a refusal is an answer, not an exception."""
-        try:
-            return {"value": _OPERATIONS[operation](self, **arguments)}
-        except LiveprunError as error:
-            return {"error": str(error)}
 
     def prepare(self, slot: int, plan: str | None) -> None:
         """Start filling the rows of a slot; see ``server.engine.LiveEngine``."""
-        if slot in self._slots or slot in self._candidates.slots:
+        if slot in self._slots or slot in self.candidates.slots:
             raise EngineError(f"slot {slot}: in use, expected a free slot")
         if any(other.task.running for other in self._slots.values()):
             raise EngineError("another variant's rows are being filled; one at a time")
         recipe = None if plan is None else load_plan(Path(plan))
         if recipe is not None:
-            check_plan(recipe, self._spec)
+            check_plan(recipe, self.spec)
         assignments = {
             layer.index: assign_rows(
                 _layer_plan(recipe, layer), layer.experts, self._free_spare(layer)
@@ -219,7 +218,7 @@ class LiveWorker:
         with self._lock:
             free = {index: self._unused_spare(layer) for index, layer in self._layers.items()}
             try:
-                staged = self._candidates.stage(plans, slots, free)
+                staged = self.candidates.stage(plans, slots, free)
                 self._check()
             except LiveprunError:
                 self.unstage()
@@ -229,43 +228,7 @@ class LiveWorker:
 
     def unstage(self) -> None:
         """Take the candidates away."""
-        self._candidates.clear()
-
-    def score(
-        self, slots: list[int], rows: list[TokenRow], blocks: list[int], against_full: bool
-    ) -> list[AnswerScores | None]:
-        """Score answers under staged slots, with KV blocks of their own."""
-        forward = PackedForward(self._runner, self._batch)
-        try:
-            return self._candidates.score(
-                forward, self._model.compute_logits, slots, rows, blocks, against_full=against_full
-            )
-        finally:
-            self._batch.reset()
-
-    def expect_scores(self, answers: dict[str, list[int]]) -> None:
-        """See ``RequestScores.expect``."""
-        self._scores.expect(answers)
-
-    def take_scores(
-        self, keys: list[str], targets: list[int], reference: list[str] | None
-    ) -> dict[str, Any] | None:
-        """See ``request_scoring.take_scores``."""
-        vocabulary = int(self._spec.config["vocab_size"])
-        compute = self._model.compute_logits
-        return take_scores(self._scores, compute, vocabulary, keys, targets, reference)
-
-    def forget_scores(self) -> None:
-        """See ``RequestScores.forget``."""
-        self._scores.forget()
-
-    def commit_blocks(self, ids: list[int]) -> None:
-        """Give KV blocks memory, before the scheduler may use them."""
-        kv_memory.commit_blocks(self._runner, ids)
-
-    def release_blocks(self, ids: list[int]) -> int:
-        """Take the memory of KV blocks that the scheduler no longer uses."""
-        return kv_memory.release_blocks(self._runner, ids)
+        self.candidates.clear()
 
     def _check(self) -> None:
         """The invariant: no live table names a row that is not resident.
@@ -274,7 +237,7 @@ class LiveWorker:
             EngineError: naming slot, layer and rows.
         """
         live = [slot for slot, found in self._slots.items() if found.live]
-        live += self._candidates.slots
+        live += self.candidates.slots
         for layer in self._layers.values():
             for slot in live:
                 missing = layer.tables.needed_rows(slot) - layer.rows.resident
@@ -286,7 +249,7 @@ class LiveWorker:
 
     def _needed(self, layer: LiveLayer) -> frozenset[int]:
         """Rows of all slots, live, being prepared or staged."""
-        return self._candidates.needed(layer.index).union(
+        return self.candidates.needed(layer.index).union(
             *(x.assignments[layer.index].needed for x in self._slots.values())
         )
 
@@ -332,23 +295,15 @@ class LiveWorker:
     def _choose_default(self) -> None:
         """Padding and dummy runs route by a live slot too: they must not meet missing rows."""
         live = [slot for slot, found in self._slots.items() if found.live]
-        if live and self._batch.default != min(live):
-            self._batch.default = min(live)
+        if live and self.batch.default != min(live):
+            self.batch.default = min(live)
 
     def _start(self, config: LiveConfig) -> None:
-        self._other_weights = int(self._model.liveprune_weight_bytes)
+        self._other_weights = int(self.model.liveprune_weight_bytes)
         slot = config.resident_slot
         self.prepare(slot, config.resident_plan)
         self._slots[slot].task.wait()
         self.publish(slot)
-
-
-def liveprune(self: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Method of vLLM's worker: one operation, as ``live_core`` sends it to all ranks."""
-    worker: LiveWorker | None = getattr(self, "liveprune_worker", None)
-    if worker is None:
-        return {"error": "live variants are off in this engine"}
-    return worker.call(operation, arguments)
 
 
 def _layer_plan(plan: Plan | None, layer: LiveLayer) -> LayerPlan | None:
@@ -361,24 +316,3 @@ def _process_bytes(device: torch.device) -> int:
         return total - free
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "prepare": LiveWorker.prepare,
-    "progress": LiveWorker.progress,
-    "cancel": LiveWorker.cancel,
-    "publish": LiveWorker.publish,
-    "unpublish": LiveWorker.unpublish,
-    "retire": LiveWorker.retire,
-    "release": LiveWorker.release,
-    "memory": LiveWorker.memory,
-    "checksums": LiveWorker.checksums,
-    "stage": LiveWorker.stage,
-    "unstage": LiveWorker.unstage,
-    "score": LiveWorker.score,
-    "expect_scores": LiveWorker.expect_scores,
-    "take_scores": LiveWorker.take_scores,
-    "forget_scores": LiveWorker.forget_scores,
-    "commit_blocks": LiveWorker.commit_blocks,
-    "release_blocks": LiveWorker.release_blocks,
-}

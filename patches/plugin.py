@@ -91,7 +91,7 @@ PATCHES: tuple[Patch, ...] = (
 
 ADDITIONS: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.engine.core", "EngineCore", "liveprune.patches.live_core"),
-    ("vllm.v1.worker.worker_base", "WorkerBase", "liveprune.patches.live_worker"),
+    ("vllm.v1.worker.worker_base", "WorkerBase", "liveprune.patches.live_operations"),
 )
 """Classes of vLLM that get a method ``liveprune``, and the modules that define it."""
 

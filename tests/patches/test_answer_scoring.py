@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -68,6 +67,12 @@ def test_numbers_that_are_not_finite_stay_visible() -> None:
     assert np.isnan(found.logprobs).all()
 
 
-def test_a_rank_without_logits_has_no_scores() -> None:
-    nothing: Callable[[torch.Tensor], None] = lambda _: None  # noqa: E731
+def test_a_rank_without_logits_takes_part_in_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_scoring, "LOGIT_BYTES", 4 * 3)
+    pieces = []
+
+    def nothing(states: torch.Tensor) -> None:
+        pieces.append(len(states))
+
     assert score_answers(nothing, torch.tensor(STATES), torch.tensor(TARGETS), 3) is None
+    assert pieces == [1, 1, 1]
