@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ class ScoringEngine:
             "enable_prefix_caching": False,
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "seed": 0,
             "max_model_len": max_length,
             **options,
@@ -161,7 +163,10 @@ def _in_process() -> Iterator[None]:
     before = os.environ.get(MULTIPROCESSING)
     os.environ[MULTIPROCESSING] = "0"
     try:
-        yield
+        with warnings.catch_warnings():
+            # vLLM's own use of what torch will change some day.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if before is None:
             del os.environ[MULTIPROCESSING]
