@@ -107,6 +107,14 @@ def prune(
             help="exact, contains, choice; without labels esap, kl, nll.", rich_help_panel=_PANEL
         ),
     ] = "exact",
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Put prompts through the chat template, each as a user's turn.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False,
     preset: Annotated[
         str,
         typer.Option(help="Hyper-parameters: liveprune, released, paper.", rich_help_panel=_PANEL),
@@ -191,6 +199,7 @@ def prune(
             test=test,
             experts=budget(experts, folder),
             measure=measure,
+            chat=chat,
             top_k=k,
             settings=parse_settings(
                 preset,

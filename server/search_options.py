@@ -26,6 +26,8 @@ class SearchOptions:
     dev: Path | None = None
     test: Path | None = None
     measure: str = "exact"
+    chat: bool = False
+    """Prompts go through the chat template."""
     top_k: int | None = None
     settings: Settings = field(default_factory=Settings)
     starts: Sequence[str] = ()

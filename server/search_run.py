@@ -57,6 +57,7 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
             measure=options.measure,
             max_rows=options.max_rows,
             max_answer_tokens=options.max_answer_tokens,
+            chat=options.chat,
         )
         for name, path in paths.items()
         if path is not None

@@ -71,13 +71,14 @@ class Questions:
 
 
 def load_questions(
-    path: Path, model: Path, *, form: Form, max_rows: int | None = None
+    path: Path, model: Path, *, form: Form, max_rows: int | None = None, chat: bool = False
 ) -> Questions:
     """Read the first ``max_rows`` rows of a JSONL file; tokenise with ``model``'s tokenizer.
 
     Every row's form is checked before the tokenizer is loaded. A prompt carries the tokenizer's
-    special tokens; its answer is what the tokens of prompt + answer add to it, or, where the two
-    share a token, the answer tokenised by itself.
+    special tokens or, with ``chat``, is one user's turn in the chat template, which writes its
+    own; its answer is what the tokens of prompt + answer add to it, or, where the two share a
+    token, the answer tokenised by itself.
 
     Raises:
         DataError: naming the file and the line, what was found and what was expected; or the
@@ -92,7 +93,7 @@ def load_questions(
         raise DataError(f"{path}: found no rows, expected at least 1")
     for where, row in rows:
         _check_form(row, form, where)
-    reader = _Reader(load_tokenizer(model), int(spec.config["vocab_size"]))
+    reader = _Reader(load_tokenizer(model), int(spec.config["vocab_size"]), chat=chat)
     return Questions(
         rows=tuple(reader.question(row, form, where) for where, row in rows),
         end=_end_tokens(model, reader.tokenizer, spec.config),
@@ -123,19 +124,30 @@ def _check_form(row: Mapping[str, Any], form: Form, where: str) -> None:
             raise DataError(f"{where}: found the blank answer {text!r}, expected some text")
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What is tokenised."""
+
+    text: str
+    special: bool
+    """The tokenizer adds its special tokens; a chat template has written them already."""
+
+
 class _Reader:
     """Text to tokens and back."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, *, chat: bool) -> None:
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._chat = chat
 
     def question(self, row: Mapping[str, Any], form: Form, where: str) -> Question:
+        asked = self._asked(row, where)
+        prompt = self._tokens(asked, where)
         if form == "prompt":
-            return Question(self._prompt(row, where), where=where)
+            return Question(prompt, where=where)
         texts = row["choices"] if form == "choices" else [row["answer"]]
-        prompt = self._prompt(row, where)
-        answers = tuple(self._answer(prompt, row["prompt"], text, where) for text in texts)
+        answers = tuple(self._answer(prompt, asked, text, where) for text in texts)
         right = row["answer"] if form == "choices" else 0
         return Question(prompt, answers, right, self.decode(answers[right]).strip(), where)
 
@@ -146,22 +158,25 @@ class _Reader:
         )
         return text
 
-    def _prompt(self, row: Mapping[str, Any], where: str) -> Tokens:
-        if "prompt" in row:
-            return self._checked(self.tokenizer(row["prompt"])["input_ids"], where)
+    def _asked(self, row: Mapping[str, Any], where: str) -> _Text:
+        if "prompt" in row and not self._chat:
+            return _Text(row["prompt"], special=True)
         if self.tokenizer.chat_template is None:
-            raise DataError(f"{where}: found messages, but the tokenizer has no chat template")
-        # The template writes its own special tokens.
-        text = self.tokenizer.apply_chat_template(
-            row["messages"], tokenize=False, add_generation_prompt=True
-        )
-        return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], where)
+            found = "chat was asked for" if "prompt" in row else "found messages"
+            raise DataError(f"{where}: {found}, but the tokenizer has no chat template")
+        user = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else row["messages"]
+        text = self.tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        return _Text(text, special=False)
 
-    def _answer(self, prompt: Tokens, prompt_text: str, text: str, where: str) -> Tokens:
-        joint = tuple(self.tokenizer(prompt_text + text)["input_ids"])
-        if joint[: len(prompt)] == prompt:
-            return self._checked(joint[len(prompt) :], where)
-        return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], where)
+    def _answer(self, prompt: Tokens, asked: _Text, answer: str, where: str) -> Tokens:
+        joint = self._tokens(_Text(asked.text + answer, asked.special), where)
+        if joint[: len(prompt)] == prompt and len(joint) > len(prompt):
+            return joint[len(prompt) :]
+        return self._tokens(_Text(answer, special=False), where)
+
+    def _tokens(self, given: _Text, where: str) -> Tokens:
+        ids = self.tokenizer(given.text, add_special_tokens=given.special)["input_ids"]
+        return self._checked(ids, where)
 
     def _checked(self, ids: Sequence[int], where: str) -> Tokens:
         return tuple(checked_ids(np.asarray(ids, np.int64), self._vocab_size, where).tolist())

@@ -38,6 +38,7 @@ def load_task(
     max_rows: int | None = None,
     max_tokens: int | None = None,
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
+    chat: bool = False,
 ) -> Task:
     """Read the rows of a task from a JSONL file (``rows``) and check all of them.
 
@@ -48,6 +49,7 @@ def load_task(
         max_rows: rows read from the top; None reads all.
         max_tokens: most tokens of a prompt with its answer; None takes the model's own limit.
         max_answer_tokens: most tokens of a generated answer, its end included.
+        chat: put prompts through the chat template, each as one user's turn.
 
     Raises:
         DataError: the measure is unknown, or a row does not fit it: naming the file and the
@@ -58,7 +60,7 @@ def load_task(
     for name, value in (("max_tokens", max_tokens), ("max_answer_tokens", max_answer_tokens)):
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}, expected at least 1")
-    questions = load_questions(path, model, form=needs.form, max_rows=max_rows)
+    questions = load_questions(path, model, form=needs.form, max_rows=max_rows, chat=chat)
     limit = min(max_tokens or questions.max_tokens, questions.max_tokens)
     if measure == "exact":
         _check_exact(questions, path, max_answer_tokens)

@@ -206,3 +206,27 @@ def test_the_digest_is_that_of_the_tokens(load: Callable[..., Questions]) -> Non
     changes = ({"answer": 0}, {"prompt": "y"}, {"choices": ["b", "a"]})
     changed = [load("choices", {**row, **change}).digest for change in changes]
     assert len({first, *changed, load("choices", row, row).digest}) == 5
+
+
+def test_prompts_as_turns_of_a_chat(
+    tiny_model: Family, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The template writes what surrounds them; answers follow it without special tokens."""
+    model = edited(tiny_model("mixtral"), tmp_path / "chat")
+    template = "[{{ messages[0].content }}]{% if add_generation_prompt %}!{% endif %}"
+    (model / "chat_template.jinja").write_text(template)
+    path = write({"prompt": "hi", "answer": "ab"})
+    (row,) = load_questions(path, model, form="answer", chat=True).rows
+    assert row.prompt == ids("[hi]!")
+    assert row.answers == (ids("ab"),)
+    assert row.text == "ab"
+
+
+def test_a_chat_needs_a_template(
+    tiny_model: Family, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = edited(tiny_model("mixtral"), tmp_path / "plain")
+    (model / "chat_template.jinja").unlink()
+    path = write({"prompt": "hi", "answer": "ab"})
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat was asked for, but the tokenizer"):
+        load_questions(path, model, form="answer", chat=True)
