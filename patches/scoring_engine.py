@@ -131,7 +131,10 @@ class ScoringEngine:
         try:
             outputs = self._llm.generate(questions * len(slots), params, use_tqdm=False)
         except Exception as error:
-            # vLLM raises many types here; all mean: no answers.
+            # vLLM raises many types here; all mean: no answers. Requests that are left would be
+            # answered with the next ones.
+            engine = self._llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise EngineError(f"generating failed: {error}") from error
         return [tuple(output.outputs[0].token_ids) for output in outputs]
 

@@ -49,6 +49,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         outcome["after"] = _named(names, engine.score(plans, rows))
         ends = {answer[1] for answer in answers[0]}
         outcome["ended"] = engine.generate([None], prompts, max_tokens=job["tokens"], end=ends)[0]
+    if job.get("tokens"):
+        outcome["broken"] = _broken(engine, prompts, job["tokens"])
+        again = engine.generate(plans, prompts, max_tokens=job["tokens"], end=[])
+        outcome["again"] = dict(zip(names, again, strict=True))
     outcome["refused"] = {
         name: _refusal(engine, load_plan(Path(path)), rows)
         for name, path in job.get("wrong", {}).items()
@@ -57,6 +61,26 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     outcome["recovered"] = _named(names, engine.score(plans, rows))
     engine.close()
     return outcome
+
+
+def _broken(engine: ScoringEngine, prompts: list[tuple[int, ...]], tokens: int) -> str:
+    """The model fails in the middle of the answers."""
+    executor = engine._core.model_executor
+    whole, steps = executor.execute_model, iter(range(2))
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if next(steps, None) is None:
+            raise RuntimeError("out of order")
+        return whole(*arguments, **options)
+
+    executor.execute_model = fail
+    try:
+        engine.generate([None], prompts, max_tokens=tokens, end=[])
+    except LiveprunError as error:
+        return str(error)
+    finally:
+        executor.execute_model = whole
+    return ""
 
 
 def _refusal(engine: ScoringEngine, plan: Any, rows: list[TokenRow]) -> str:

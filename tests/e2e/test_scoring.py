@@ -205,6 +205,12 @@ def test_an_end_token_is_the_last(scored: dict[str, Any]) -> None:
         assert ended == made[: stop + 1]
 
 
+def test_a_failed_step_leaves_nothing_behind(scored: dict[str, Any]) -> None:
+    for model in MODELS:
+        assert scored[model]["broken"] == "generating failed: out of order"
+        assert scored[model]["again"] == scored[model]["generated"]
+
+
 def test_refusals_leave_the_engine_as_it_was(scored: dict[str, Any]) -> None:
     assert "made for 'olmoe', the model is 'mixtral'" in scored["shared"]["refused"]["m"]
     assert "spare rows (--spare-rows)" in scored["few"]["refused"]["spare"]
