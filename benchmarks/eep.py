@@ -15,7 +15,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,12 @@ class Bench:
         )
 
     def searched(
-        self, task: str, experts: int, top_k: int, seed: int, starts: Sequence[Plan] = ()
+        self,
+        task: str,
+        experts: int,
+        top_k: int,
+        seed: int,
+        starts: Mapping[str, Plan] | None = None,
     ) -> Iterator[Row]:
         """Both stages of one search."""
         mark = " from one-pass" if starts else ""
@@ -160,8 +165,8 @@ class Bench:
     def started(self, task: str) -> Iterator[Row]:
         """Searches that try the prunings of the one-pass methods first."""
         for experts, k in BUDGETS:
-            plans = [
-                make_plan(
+            plans = {
+                method: make_plan(
                     self.model,
                     method=method,
                     experts=experts,
@@ -170,7 +175,7 @@ class Bench:
                     max_rows=self.rows,
                 )
                 for method in BASELINES
-            ]
+            }
             for seed in range(self.seeds):
                 yield from self.searched(task, experts, k, seed, plans)
 

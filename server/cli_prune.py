@@ -187,7 +187,7 @@ def prune(
 
         if experts is None or train is None:
             missing = "--experts" if experts is None else "--train"
-            raise DataError(f"method {SEARCH}: found no {missing}, expected it")
+            raise DataError(f"{missing}: missing, expected for method {SEARCH}")
         k = number_or_list("--top-k", top_k)
         if isinstance(k, list):
             raise PlanError(f"--top-k: found {top_k!r}, expected one number for method {SEARCH}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from liveprune.pruning.search.report import write_report
 from liveprune.pruning.search.result import Score, SearchResult
 from liveprune.pruning.search.run import Progress, search
 from liveprune.server.progress import progress_bar
-from liveprune.server.search_engines import search_engine
+from liveprune.server.search_engines import engine_name, search_engine
 from liveprune.server.search_options import SearchOptions
 
 logger = logging.getLogger("liveprune")
@@ -62,7 +64,7 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
         for name, path in paths.items()
         if path is not None
     }
-    starts = [_start(options, name) for name in options.starts]
+    starts = {name: _start(options, name) for name in options.starts}
     longest = max(task.longest for task in tasks.values())
     with search_engine(options, spec, kept, longest) as engine, _bar() as show, _stop() as stop:
         found = search(
@@ -76,6 +78,7 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
             top_k=options.top_k,
             settings=options.settings,
             starts=starts,
+            engine_name=engine_name(options),
             seed=options.seed,
             folder=options.folder,
             progress=show,
@@ -107,7 +110,7 @@ def _start(options: SearchOptions, method: str) -> Plan:
 
 
 def _write(found: SearchResult, options: SearchOptions) -> None:
-    form: dict[str, Any] = found.to_json()
+    form: dict[str, Any] = {**found.to_json(), "command": shlex.join(["liveprune", *sys.argv[1:]])}
     write_atomic(options.folder / "report.json", json.dumps(form, indent=1).encode() + b"\n")
     write_report(form, options.folder / "report.html")
     for stage in found.stages:

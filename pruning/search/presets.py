@@ -139,7 +139,10 @@ def preset(name: str, **changes: Any) -> Settings:
     """
     if name not in PRESETS:
         raise PlanError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
-    unknown = sorted(set(changes) - {x.name for x in dataclasses.fields(Settings)})
+    known = [x.name for x in dataclasses.fields(Settings)]
+    unknown = sorted(set(changes) - set(known))
     if unknown:
-        raise PlanError(f"settings: found {', '.join(unknown)}, which no search has")
+        raise PlanError(
+            f"settings: found {', '.join(unknown)}, expected some of {', '.join(known)}"
+        )
     return dataclasses.replace(PRESETS[name], **changes)

@@ -85,17 +85,20 @@ def reproduction(result: Json) -> Markup:
         ["seed", str(result["seed"])],
         *([name, version] for name, version in result["versions"].items()),
     ]
+    parameters_in_words = _nearest_preset(result["parameters"]) + _starts(result["parameters"])
     again = (
         "To repeat it, search again into an empty folder: the same model (its fingerprint tells), "
-        f"rows with these digests, {_nearest_preset(result['parameters'])}, and seed "
-        f"{result['seed']}. The same numbers from the engine lead to plans with the same digests. "
-        "Another device, number of threads or version may round otherwise, and a search that "
-        "meets a tie can then take another way."
+        f"rows with these digests, {parameters_in_words}, and seed {result['seed']}. The same "
+        "numbers from the engine lead to plans with the same digests. Another device, dtype, "
+        "number of threads or version may round otherwise, and a search that meets a tie can then "
+        "take another way."
     )
     own = ""
     if "dev" in result["data"] and result["data"]["dev"]["digest"] == _train_digest(result):
         own = " Here dev is a part of the train rows, put aside by the seed."
+    command = result.get("command")
     return joined(
+        el("p", "The command was ", el("code", command), ".") if command else Markup(""),
         el("p", again),
         table("Model, plans and versions", ["what", "value"], digests),
         table(
@@ -105,6 +108,12 @@ def reproduction(result: Json) -> Markup:
         ),
         table("Parameters", ["parameter", "value"], parameters),
     )
+
+
+def _starts(parameters: Json) -> str:
+    """Prunings that were given."""
+    names = ", ".join(parameters["starts"])
+    return f", the prunings of {names} as first candidates" if names else ""
 
 
 def _train_digest(result: Json) -> str:

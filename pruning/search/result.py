@@ -120,12 +120,12 @@ class SearchResult:
 
         Keys: ``format``, ``method``, ``model`` (a name), ``fingerprint`` (of the checkpoint),
         ``seed``, ``parameters`` (``Settings``, ``experts``, ``top_k``, ``literal``, ``starts``:
-        digests of given candidates), ``versions``, ``data`` (by set: ``rows``, ``digest`` of the
-        task, ``measure``), ``groups`` (layer indices that share coefficients), ``full`` (by set a
-        ``Score``), ``stages`` (fields of ``StageResult``, but instead of ``plan`` its ``digest``
-        and ``layers``: per layer ``layer``, ``experts``, ``top_k``, ``kept`` ids or null, ``merge``
-        and ``router_map`` [kept][experts] or null), ``curve`` (``CurvePoint``), ``cost``
-        (``Cost``).
+        digests of given candidates by name, ``engine``), ``versions``, ``data`` (by set: ``rows``,
+        ``digest`` of the task, ``measure``), ``groups`` (layer indices that share coefficients),
+        ``full`` (by set a ``Score``), ``stages`` (fields of ``StageResult``, but instead of
+        ``plan`` its ``digest`` and ``layers``: per layer ``layer``, ``experts``, ``top_k``,
+        ``kept`` ids or null, ``merge`` and ``router_map`` [kept][experts] or null), ``curve``
+        (``CurvePoint``), ``cost`` (``Cost``).
         """
         return {
             "format": FORMAT,

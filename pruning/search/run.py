@@ -65,7 +65,8 @@ def search(
     test: Task | None = None,
     top_k: int | None = None,
     settings: Settings | None = None,
-    starts: Sequence[Plan] = (),
+    starts: Mapping[str, Plan] | None = None,
+    engine_name: str = "",
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
@@ -86,8 +87,10 @@ def search(
         test: Rows touched once, at the end.
         top_k: Active experts; None keeps the model's.
         settings: Hyper-parameters; None is the preset ``liveprune``.
-        starts: Pruned plans whose closest candidates come before the random ones (see
-            ``Space.closest``), e.g. of one-pass methods. EEP as published has none.
+        starts: Pruned plans, by where they are from, whose closest candidates come before the
+            random ones (see ``Space.closest``). EEP as published has none.
+        engine_name: What computes, and in which dtype: another one rounds otherwise, so going on
+            with it is refused.
         seed: From 0; the same seed makes the same search.
         progress: Called after each generation.
         cancel: Once set, the search stops before its next call of the engine.
@@ -107,7 +110,7 @@ def search(
     space = make_space(spec, settings, experts=experts, top_k=top_k, base_model=name)
     if starts and not space.prunes:
         raise PlanError("starts: found prunings, expected none where all experts stay")
-    genomes = [space.closest(plan) for plan in starts]
+    genomes = {name: space.closest(plan) for name, plan in (starts or {}).items()}
     tasks = {"train": train, "dev": dev, "test": test}
     sets = row_sets({k: task for k, task in tasks.items() if task is not None}, settings, seed)
     parameters = {
@@ -115,7 +118,8 @@ def search(
         "experts": experts if isinstance(experts, str | int | float) else list(experts),
         "top_k": top_k,
         "literal": space.literal,
-        "starts": [space.plan(genome).digest for genome in genomes],
+        "starts": {name: space.plan(genome).digest for name, genome in genomes.items()},
+        "engine": engine_name,
     }
     weights = fingerprint_model(model)
     identity = {
@@ -127,7 +131,7 @@ def search(
     with open_folder(folder, identity) as journal:
         evaluator = Evaluator(engine, journal, cancel)
         run = _Run(space, settings, seed, evaluator, sets, progress)
-        run.stages(genomes)
+        run.stages([*genomes.values()])
         lineage = Lineage(
             method="eep",
             parameters=parameters,

@@ -9,7 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from liveprune.pruning.demo import model_path, rows_path
-from liveprune.pruning.errors import DataError, LiveprunError, PlanError
+from liveprune.pruning.errors import (
+    DataError,
+    EngineError,
+    IncompatibleEnvironmentError,
+    LiveprunError,
+    PlanError,
+)
 from liveprune.pruning.evaluation import transformers_engine
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan_io import CHECKPOINT_PLAN, load_plan
@@ -42,7 +48,10 @@ def test_a_search_ends_in_a_checkpoint_and_a_report(tmp_path: Path) -> None:
     assert [stage["name"] for stage in report["stages"]] == ["prune", "merge"]
     assert report["data"]["test"]["rows"] == 8
     assert [point["stage"] for point in report["curve"]] == ["prune"] * 4 + ["merge"] * 3
-    assert "<html" in (folder / "report.html").read_text()
+    assert report["parameters"]["engine"] == "transformers, bfloat16"
+    page = (folder / "report.html").read_text()
+    assert "<html" in page
+    assert report["command"].startswith("liveprune ")
     plan = load_plan(out / CHECKPOINT_PLAN)
     assert plan == load_plan(folder / "merge.plan.json")
     assert plan.lineage.method == "eep"
@@ -78,8 +87,8 @@ def test_another_search_does_not_share_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "eep", "--experts", "4"], "found no --train"),
-        (["--method", "eep", "--train", TRAIN], "found no --experts"),
+        (["--method", "eep", "--experts", "4"], "--train: missing, expected for method eep"),
+        (["--method", "eep", "--train", TRAIN], "--experts: missing"),
         (["--method", "eep", "--tau", "1"], "--tau: found with method eep"),
         (["--method", "reap", "--train", TRAIN], "--train: found with method reap"),
         (["--method", "reap", "--no-merge"], "--merge: found with method reap"),
@@ -101,6 +110,10 @@ def test_another_search_does_not_share_the_folder(tmp_path: Path) -> None:
             "measure is 'f1', expected one of",
         ),
         (
+            ["--method", "eep", "--train", TRAIN, "--experts", "4", "--dtype", "bla"],
+            "--dtype: found 'bla', expected one of auto, bfloat16",
+        ),
+        (
             ["--method", "eep", "--train", TRAIN, "--experts", "4", "--engine", "llama"],
             "--engine: found 'llama', expected vllm, transformers or the URL",
         ),
@@ -112,6 +125,39 @@ def test_refusals_come_before_the_engine(
     with pytest.raises(LiveprunError, match=message):
         run("prune", DEMO, "-o", tmp_path / "out", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_compared_before_the_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("started")
+
+    monkeypatch.setattr(transformers_engine, "TransformersEngine", start)
+    with pytest.raises(DataError, match="found the same rows as dev"):
+        run(*SEARCH, "-o", tmp_path / "out", "--dev", TRAIN)
+
+
+def test_an_engine_that_does_not_start_ends_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = []
+
+    def start(*_: object, **__: object) -> None:
+        starts.append(1)
+        raise EngineError("no engine today")
+
+    monkeypatch.setattr(transformers_engine, "TransformersEngine", start)
+    with pytest.raises(IncompatibleEnvironmentError, match="no engine today"):
+        run(*SEARCH, "-o", tmp_path / "out")
+    assert starts == [1]
+
+
+def test_another_engine_does_not_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    run(*SEARCH, "-o", tmp_path / "a.json", "--plan-only", "--search-dir", folder)
+    with pytest.raises(DataError, match="engine"):
+        run(*SEARCH, "-o", tmp_path / "b", "--search-dir", folder, "--dtype", "float32")
 
 
 def test_settings_are_read_by_name() -> None:
@@ -128,7 +174,7 @@ def test_settings_are_read_by_name() -> None:
         (["scale=much"], "--set scale: found 'much', expected a number"),
         (["racing=1"], "--set racing: found '1', expected true or false"),
         (["inits=true"], "--set inits: found 'true', expected a number or a word"),
-        (["speed=1"], "found speed, which no search has"),
+        (["speed=1"], "found speed, expected some of groups, merge"),
         (["groups=2"], "found groups twice"),
         (["inits=0"], "inits is 0, expected a whole number from 1"),
     ],

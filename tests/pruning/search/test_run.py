@@ -444,11 +444,13 @@ def test_a_search_can_start_from_given_prunings(run_search: Search, tmp_path: Pa
     settings = Settings(groups="each", merge=False, inits=1, prune_candidates=1)
     layers = tuple(LayerPlan(i, 4, 1, target) for i, target in enumerate(TARGET))
     start = Plan("mixtral", 2, layers, Lineage("reap"))
-    found = run_search(**sets(overlap), settings=settings, starts=[start], folder=tmp_path / "s")
+    found = run_search(
+        **sets(overlap), settings=settings, starts={"reap": start}, folder=tmp_path / "s"
+    )
     assert found.plan == start
     assert found.plan.lineage.method == "eep"
-    assert found.parameters["starts"] == [start.digest]
+    assert found.parameters["starts"] == {"reap": start.digest}
     with pytest.raises(DataError, match="starts"):
         run_search(**sets(overlap), settings=settings, folder=tmp_path / "s")
     with pytest.raises(PlanError, match="expected none where all experts stay"):
-        run_search(**sets(overlap), starts=[start], experts=4, folder=tmp_path / "t")
+        run_search(**sets(overlap), starts={"reap": start}, experts=4, folder=tmp_path / "t")
