@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -214,6 +216,7 @@ def prune(
             dtype=dtype,
             max_rows=max_rows,
             max_answer_tokens=max_answer_tokens,
+            command=shlex.join(["liveprune", *sys.argv[1:]]),
         )
         plan: Plan = run_search(options, console)
     else:

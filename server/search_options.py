@@ -39,6 +39,8 @@ class SearchOptions:
     dtype: str = "auto"
     max_rows: int | None = None
     max_answer_tokens: int = 64
+    command: str = ""
+    """What was typed, for the report."""
 
 
 def parse_settings(name: str, changes: Sequence[str], **given: Any) -> Settings:

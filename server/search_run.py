@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -110,7 +108,7 @@ def _start(options: SearchOptions, method: str) -> Plan:
 
 
 def _write(found: SearchResult, options: SearchOptions) -> None:
-    form: dict[str, Any] = {**found.to_json(), "command": shlex.join(["liveprune", *sys.argv[1:]])}
+    form: dict[str, Any] = {**found.to_json(), "command": options.command}
     write_atomic(options.folder / "report.json", json.dumps(form, indent=1).encode() + b"\n")
     write_report(form, options.folder / "report.html")
     for stage in found.stages:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -40,8 +41,11 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
-def test_a_search_ends_in_a_checkpoint_and_a_report(tmp_path: Path) -> None:
+def test_a_search_ends_in_a_checkpoint_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "pruned"
+    monkeypatch.setattr("sys.argv", ["/bin/liveprune", "prune", "a model", "--method", "eep"])
     shown = run(*SEARCH, "-o", out, "--top-k", "1", "--dev", DEV, "--test", TEST)
     folder = tmp_path / "pruned.search"
     report = json.loads((folder / "report.json").read_text())
@@ -51,7 +55,8 @@ def test_a_search_ends_in_a_checkpoint_and_a_report(tmp_path: Path) -> None:
     assert report["parameters"]["engine"] == "transformers, bfloat16"
     page = (folder / "report.html").read_text()
     assert "<html" in page
-    assert report["command"].startswith("liveprune ")
+    assert report["command"] == "liveprune prune 'a model' --method eep"
+    assert "liveprune prune 'a model' --method eep" in html.unescape(page)
     plan = load_plan(out / CHECKPOINT_PLAN)
     assert plan == load_plan(folder / "merge.plan.json")
     assert plan.lineage.method == "eep"
