@@ -40,7 +40,7 @@ SEARCH_OPTIONS = (
         "change",
         "search_dir",
     ),
-    *("engine", "dtype", "max_answer_tokens", "admin_key_file"),
+    *("engine", "dtype", "max_answer_tokens", "admin_key_file", "expert_parallel"),
 )
 console = Console()
 _PANEL = "EEP search (--method eep)"
@@ -173,6 +173,14 @@ def prune(
         Path | None,
         typer.Option(help="Key of that server.", rich_help_panel=_PANEL),
     ] = None,
+    expert_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Refuse counts that so many expert-parallel ranks cannot share.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 1,
 ) -> None:
     """Choose the experts to keep and write the pruned checkpoint (or, --plan-only, the plan)."""
     from liveprune.pruning.checkpoint.apply import apply_plan
@@ -216,6 +224,7 @@ def prune(
             dtype=dtype,
             max_rows=max_rows,
             max_answer_tokens=max_answer_tokens,
+            expert_parallel=expert_parallel,
             command=shlex.join(["liveprune", *sys.argv[1:]]),
         )
         plan: Plan = run_search(options, console)

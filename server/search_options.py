@@ -39,6 +39,8 @@ class SearchOptions:
     dtype: str = "auto"
     max_rows: int | None = None
     max_answer_tokens: int = 64
+    expert_parallel: int = 1
+    """Ranks that the result is to be served on with expert parallelism."""
     command: str = ""
     """What was typed, for the report."""
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from liveprune.patches.tuned_kernels import untuned
 from liveprune.pruning.calibration.rows import MAX_ROWS
+from liveprune.pruning.errors import PlanError
 from liveprune.pruning.evaluation.task import load_task
 from liveprune.pruning.files import write_atomic
 from liveprune.pruning.model_spec import ModelSpec
@@ -47,6 +48,12 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
     spec = ModelSpec.from_path(options.model)
     space = make_space(spec, options.settings, experts=options.experts, top_k=options.top_k)
     kept = [group.kept for group in space.groups for _ in group.layers]
+    uneven = sorted({count for count in kept if count % options.expert_parallel})
+    if uneven:
+        raise PlanError(
+            f"--experts: {uneven[0]} experts cannot be shared equally by --expert-parallel "
+            f"{options.expert_parallel}; expected a multiple"
+        )
     if warning := untuned(spec, set(kept)):
         logger.warning("%s", warning)
     paths = {"train": options.train, "dev": options.dev, "test": options.test}

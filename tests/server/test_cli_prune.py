@@ -115,6 +115,10 @@ def test_another_search_does_not_share_the_folder(tmp_path: Path) -> None:
             "measure is 'f1', expected one of",
         ),
         (
+            ["--method", "eep", "--train", TRAIN, "--experts", "6", "--expert-parallel", "4"],
+            "6 experts cannot be shared equally by --expert-parallel 4",
+        ),
+        (
             ["--method", "eep", "--train", TRAIN, "--experts", "4", "--dtype", "bla"],
             "--dtype: found 'bla', expected one of auto, bfloat16",
         ),
