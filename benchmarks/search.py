@@ -210,7 +210,7 @@ def floor(spec: ModelSpec, rows: Sequence[TokenRow], heads: int, dtype: str) -> 
     """Multiply-adds of one pruned candidate, and the seconds that they take at best."""
     layer = spec.layers[0]
     reached = probe(spec.hidden_size, spec.expert_size, layer.experts, dtype)
-    tokens = sum(len(row.prompt) + len(row.answer) - 1 for row in rows)
+    tokens = sum(len(row.text) for row in rows)
     answers = sum(len(row.answer) for row in rows)
     experts = tokens * layer.top_k * 3 * spec.hidden_size * spec.expert_size * len(spec.layers)
     other = tokens * heads * spec.hidden_size * len(spec.layers)

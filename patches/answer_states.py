@@ -61,7 +61,7 @@ def answer_states(
 
 def blocks_needed(row: TokenRow, block_size: int) -> int:
     """KV blocks with which one row can be run: those of its text, and of its context."""
-    return 2 * -(-(len(row.prompt) + len(row.answer) - 1) // block_size)
+    return 2 * -(-len(row.text) // block_size)
 
 
 def _contexts(rows: Sequence[TokenRow]) -> list[tuple[int, ...]]:
@@ -71,7 +71,7 @@ def _contexts(rows: Sequence[TokenRow]) -> list[tuple[int, ...]]:
     The last token of a prompt predicts the answer, and stays with the row.
     """
     prompts = [row.prompt[:-1] for row in rows]
-    total = sum(len(row.prompt) + len(row.answer) - 1 for row in rows)
+    total = sum(len(row.text) for row in rows)
     first = min(prompts, key=len)
     same = sum(1 for _ in takewhile(lambda at: len(set(at)) == 1, zip(*prompts, strict=False)))
     common = [first[:same]] * len(rows)
@@ -92,8 +92,7 @@ def _packs(
     """Texts whose contexts, and the longest of themselves, fit the blocks together."""
     start = held = longest = 0
     for i, text in enumerate(texts):
-        row = rows[text.row]
-        own = forward.blocks(len(row.prompt) + len(row.answer) - 1)
+        own = forward.blocks(len(rows[text.row].text))
         is_new = (
             i == start or texts[i - 1].slot != text.slot or texts[i - 1].context != text.context
         )
@@ -122,9 +121,9 @@ def _run(
     rest = list(free)
     waiting = []
     for text in texts:
-        row, start = rows[text.row], len(text.context)
+        start = len(text.context)
         shared = contexts[text.slot, text.context].blocks[: start // size] if start else ()
-        waiting.append(Piece(text.slot, (*row.prompt, *row.answer[:-1])[start:], start, shared))
+        waiting.append(Piece(text.slot, rows[text.row].text[start:], start, shared))
     done = 0
     for part in _passes(waiting, forward, len(rest)):
         mine = texts[done : done + len(part)]

@@ -137,12 +137,7 @@ class Candidates:
         }
         for index, layer in self._layers.items():
             own = assignments[index].needed.difference(assignments[index].merged)
-            missing = sorted(own - layer.rows.resident)
-            if missing:
-                raise EngineError(
-                    f"layer {index}: experts {missing} are not resident; candidates expect the "
-                    f"full model to be live"
-                )
+            _check_resident(layer, own)
         slot = slots[0]
         try:
             for index, layer in self._layers.items():
@@ -166,12 +161,7 @@ class Candidates:
             coefficients = np.concatenate(parts)
             targets = [row for x in mine for row in x.merged]
             used = [int(i) for i in np.flatnonzero(coefficients.any(axis=0))]
-            missing = sorted(set(used) - layer.rows.resident)
-            if missing:
-                raise EngineError(
-                    f"layer {index}: experts {missing} are not resident; candidates expect the "
-                    f"full model to be live"
-                )
+            _check_resident(layer, used)
             layer.rows.commit([row for row in targets if row not in layer.rows.resident])
             weights = torch.from_numpy(coefficients[:, used])
             for tensor in (layer.rows.w13, layer.rows.w2):
@@ -186,3 +176,12 @@ class Candidates:
         size = sum(states.nbytes for states in self._reference.values())
         while size > REFERENCE_BYTES:
             size -= self._reference.pop(next(iter(self._reference))).nbytes
+
+
+def _check_resident(layer: LiveLayer, experts: Collection[int]) -> None:
+    missing = sorted(set(experts) - layer.rows.resident)
+    if missing:
+        raise EngineError(
+            f"layer {layer.index}: experts {missing} are not resident; candidates expect the full "
+            f"model to be live"
+        )

@@ -168,7 +168,7 @@ class VLLMLiveEngine:
         """Have the workers collect the hidden states of the rows' answers."""
         from vllm import SamplingParams
 
-        texts = [(*row.prompt, *row.answer[:-1]) for row in rows]
+        texts = [row.text for row in rows]
         answers = {
             key: [len(text), len(row.answer)]
             for key, text, row in zip(keys, texts, rows, strict=True)

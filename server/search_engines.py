@@ -23,8 +23,6 @@ SEQUENCES = 32
 """Texts that are generated at once."""
 SHARE = 0.5
 """Of the memory that the full model leaves: what merged candidates may take."""
-
-
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 

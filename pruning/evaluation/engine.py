@@ -26,6 +26,11 @@ class TokenRow:
     answer: tuple[int, ...]
     """The token that ends it is its last, where the measure wants the end scored too."""
 
+    @property
+    def text(self) -> tuple[int, ...]:
+        """What a model reads to predict the answer: all but the answer's last token."""
+        return (*self.prompt, *self.answer[:-1])
+
 
 @dataclass(frozen=True, eq=False)
 class AnswerScores:
