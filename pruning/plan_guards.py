@@ -34,6 +34,7 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         raise PlanError(f"plan: states the layers {found}, the model has experts in {expected}")
     for layer, base in zip(plan.layers, spec.layers, strict=True):
         _check_layer(layer, base, spec.router)
+        _check_sizes(layer, spec)
 
 
 def _check_layer(layer: LayerPlan, base: MoELayer, router: Router) -> None:
@@ -56,8 +57,25 @@ def _check_layer(layer: LayerPlan, base: MoELayer, router: Router) -> None:
             f"{where}: found a router map, expected none: it acts on softmax probabilities, and "
             f"this model routes by {router.scoring} in {router.groups} group(s)"
         )
-    if max(router.groups, router.group_top) > 1 and not layer.is_identity:
+    if layer.kept and not layer.keeps_gate_rows and not layer.is_identity and grouped(router):
         check_groups(layer.kept, layer.experts, layer.top_k, router, where)
+
+
+def grouped(router: Router) -> bool:
+    """A sliced gate must keep enough experts in every group."""
+    return max(router.groups, router.group_top) > 1
+
+
+def _check_sizes(layer: LayerPlan, spec: ModelSpec) -> None:
+    """Arrays whose sizes are those of the model's vectors and matrices."""
+    found = {"constants": layer.constants, "neuron_map": layer.neuron_map}
+    expected = {"constants": spec.hidden_size, "neuron_map": spec.expert_size}
+    for name, matrix in found.items():
+        if matrix is not None and matrix.shape[1] != expected[name]:
+            raise PlanError(
+                f"layer {layer.layer}: {name} is {matrix.shape}, expected {expected[name]} "
+                f"columns as in this model"
+            )
 
 
 def check_groups(

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save
 
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.files import write_atomic
+from liveprune.pruning.layer_plan import MATRIX_FIELDS, NeuronMap
 from liveprune.pruning.plan import LayerPlan, Lineage, Matrix, Plan
 
 FORMAT = "liveprune-plan"
@@ -23,7 +24,7 @@ VERSION = 1
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write ``path`` (JSON) and, for merged plans, ``path`` with suffix ``.safetensors``.
+    """Write ``path`` (JSON) and, where it has matrices, ``path`` with suffix ``.safetensors``.
 
     The matrices appear first, so that a JSON file never names matrices that are not there.
     """
@@ -47,7 +48,7 @@ def plan_to_json(plan: Plan, stem: str = "plan") -> dict[str, Any]:
         "layers": [_layer_to_json(layer) for layer in plan.layers],
         "lineage": dataclasses.asdict(plan.lineage),
     }
-    if plan.merges:
+    if plan.has_matrices:
         form["matrices"] = f"{stem}.safetensors"
     return form
 
@@ -94,11 +95,13 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
     }
     if layer.kept:
         form["kept"] = list(layer.kept)
+    if layer.expert_map:
+        form["expert_map"] = list(layer.expert_map)
     form.update({name.rpartition(".")[2]: name for name in layer.matrices()})
     return form
 
 
-def _load_matrices(path: Path, form: dict[str, Any]) -> dict[str, Matrix]:
+def _load_matrices(path: Path, form: dict[str, Any]) -> dict[str, Matrix | NeuronMap]:
     name = form.get("matrices")
     if name is None:
         return {}
@@ -111,11 +114,11 @@ def _load_matrices(path: Path, form: dict[str, Any]) -> dict[str, Matrix]:
         raise PlanError(f"{file}: not readable as safetensors: {error}") from error
 
 
-def _plan_from_json(form: dict[str, Any], matrices: dict[str, Matrix]) -> Plan:
+def _plan_from_json(form: dict[str, Any], matrices: dict[str, Matrix | NeuronMap]) -> Plan:
     layers = []
     for item in form["layers"]:
-        named = {}
-        for field in ("merge", "router_map"):
+        named: dict[str, Any] = {}
+        for field in MATRIX_FIELDS:
             if item.get(field) is not None:
                 if item[field] not in matrices:
                     raise PlanError(f"layer {item['layer']}: matrix {item[field]!r} is missing")
@@ -126,6 +129,7 @@ def _plan_from_json(form: dict[str, Any], matrices: dict[str, Matrix]) -> Plan:
                 experts=item["experts"],
                 top_k=item["top_k"],
                 kept=tuple(item.get("kept", ())),
+                expert_map=tuple(item.get("expert_map", ())),
                 **named,
             )
         )

@@ -202,3 +202,65 @@ def test_digest_covers_every_matrix_entry(row: int, column: int, mapped: bool) -
 def test_digest_separates_kept_sets(one: set[int], two: set[int]) -> None:
     first, second = (plan(LayerPlan(0, 16, 1, kept=tuple(sorted(s)))) for s in (one, two))
     assert (first == second) == (one == two)
+
+
+def test_forms_that_keep_the_gates_rows() -> None:
+    merge = np.eye(4, dtype=np.float32)[:2] / 2
+    tied = LayerPlan(layer=0, experts=4, top_k=3, merge=merge, expert_map=(0, 1, 1, 0))
+    assert (tied.kept_experts, tied.router_width, tied.candidates) == (2, 4, 4)
+    assert tied.merges
+    assert tied.keeps_gate_rows
+    novice = LayerPlan(layer=0, experts=3, top_k=2, kept=(1,), constants=np.ones((2, 5)))
+    assert (novice.kept_experts, novice.router_width, novice.pruned) == (1, 3, (0, 2))
+    assert not novice.merges
+    assert not novice.is_identity
+    neurons = np.array([[0, 1, 2], [-1, 3, 3], [4, 5, -1]])
+    gathered = LayerPlan(
+        layer=0, experts=3, top_k=1, kept=(0, 2), neuron_map=neurons, neuron_shares=[1, 2, 3]
+    )
+    assert gathered.kept_experts == gathered.router_width == 2
+    assert gathered.merges
+    digests = {
+        Plan("mixtral", 1, (layer,), Lineage("hand")).digest for layer in (tied, novice, gathered)
+    }
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert_map": (0, 0, 0)}, r"found an expert_map without merge or neuron_map"),
+        ({"merge": np.eye(3)[:2], "expert_map": (0, 1)}, r"expert_map names \[0, 1\] for 2 expe"),
+        ({"merge": np.eye(3)[:2], "expert_map": (0, 0, 0)}, r"each of 0 to 1 for 3 experts"),
+        ({"merge": np.eye(3)[:2], "expert_map": (0, 1, 2)}, r"each of 0 to 1 for 3 experts"),
+        ({"merge": np.eye(3)[:1], "kept": (0,), "expert_map": (0, 0, 0)}, r"found both an expert"),
+        ({"kept": (0,), "constants": np.ones((1, 4))}, r"constants is \(1, 4\), expected \[2, an"),
+        ({"kept": (0, 1, 2), "constants": np.ones((0, 4))}, r"some of the 3 ids kept"),
+        ({"kept": (0,), "constants": np.full((2, 4), np.nan)}, r"constants holds NaN"),
+        ({"kept": (0,), "neuron_map": np.zeros((3, 1), int)}, r"expected neuron_map and neuron_sh"),
+        (
+            {"kept": (0,), "neuron_map": [[0], [1], [-1]], "neuron_shares": [1, 1, 1]},
+            r"neuron_map reaches -1 to 1, expected -1 to 0",
+        ),
+        (
+            {"kept": (0,), "neuron_map": [[0, 0]] * 3, "neuron_shares": [1, 1, 1]},
+            r"nothing goes to new neuron 1",
+        ),
+        (
+            {"kept": (0,), "neuron_map": [[0]] * 3, "neuron_shares": [1, -1, 1]},
+            r"neuron_shares hold -1",
+        ),
+        (
+            {
+                "kept": (0,),
+                "merge": np.eye(3)[:1],
+                "neuron_map": [[0]] * 3,
+                "neuron_shares": [1] * 3,
+            },
+            r"found both merge and neuron_map",
+        ),
+    ],
+)
+def test_malformed_forms_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        LayerPlan(layer=0, experts=3, top_k=1, **fields)

@@ -39,7 +39,8 @@ FLOATS = st.floats(-2, 2, width=32)
 @st.composite
 def layer_plans(draw: st.DrawFn, index: int) -> LayerPlan:
     experts = draw(st.integers(1, 9))
-    form = draw(st.sampled_from(["pruned", "merged", "mapped"]))
+    forms = ["pruned", "merged", "mapped", "tied", "gathered"]
+    form = draw(st.sampled_from([*forms, *(["constant"] if experts > 1 else [])]))
     kept = tuple(sorted(draw(st.sets(st.integers(0, experts - 1), min_size=1))))
     top_k = draw(st.integers(1, len(kept)))
     matrix = arrays(np.float32, (len(kept), experts), elements=FLOATS)
@@ -47,6 +48,19 @@ def layer_plans(draw: st.DrawFn, index: int) -> LayerPlan:
         return LayerPlan(index, experts, top_k, kept=kept)
     if form == "merged":
         return LayerPlan(index, experts, top_k, kept=kept, merge=draw(matrix))
+    if form == "tied":
+        some = [*range(len(kept)), *draw(st.lists(st.sampled_from(range(len(kept))), max_size=9))]
+        expert_map = (some + [0] * experts)[:experts]
+        return LayerPlan(index, experts, top_k, merge=draw(matrix), expert_map=tuple(expert_map))
+    if form == "constant":
+        kept = kept[: experts - 1]
+        vectors = draw(arrays(np.float32, (experts - len(kept), 3), elements=FLOATS))
+        return LayerPlan(index, experts, experts, kept=kept, constants=vectors)
+    if form == "gathered":
+        targets = np.full((experts, 2), -1)
+        targets[list(kept)] = np.arange(2 * len(kept)).reshape(-1, 2)
+        shares = draw(arrays(np.float32, experts, elements=st.floats(0.5, 2, width=32)))
+        return LayerPlan(index, experts, top_k, kept=kept, neuron_map=targets, neuron_shares=shares)
     return LayerPlan(index, experts, top_k, merge=draw(matrix), router_map=draw(matrix))
 
 
