@@ -7,7 +7,7 @@ running the model, and is right for every router: softmax, sigmoid, bias-correct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from liveprune.pruning.calibration.rows import BATCH_TOKENS, Batch, Rows
-from liveprune.pruning.calibration.statistics import LayerStatistics, RoutingStatistics
+from liveprune.pruning.calibration.statistics import (
+    EXTRAS,
+    LayerStatistics,
+    RoutingStatistics,
+)
 from liveprune.pruning.calibration.streamed import StreamedModel
 from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.errors import CheckpointError
@@ -32,9 +36,12 @@ def observe(
     *,
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
+    extras: Collection[str] = (),
     progress: Progress | None = None,
 ) -> RoutingStatistics:
     """Run ``rows`` through ``model`` and gather statistics of every expert.
+
+    ``extras`` names further sums, see ``statistics.EXTRAS``.
 
     Memory: the weights of one decoder layer, the hidden states of all rows
     (tokens with padding * hidden size * bytes of the model's dtype, in main memory), and the
@@ -58,7 +65,7 @@ def observe(
             if progress is not None:
                 progress(index * len(batches) + batch + 1, depth * len(batches))
 
-        found = _observe_layer(stream, index, experts.get(index), batches, hidden, step)
+        found = _observe_layer(stream, index, experts.get(index), extras, batches, hidden, step)
         if found is not None:
             layers[index] = found
     return RoutingStatistics(
@@ -70,13 +77,14 @@ def _observe_layer(
     stream: StreamedModel,
     index: int,
     experts: int | None,
+    extras: Collection[str],
     batches: Sequence[Batch],
     hidden: list[Tensor],
     step: Callable[[int], None],
 ) -> LayerStatistics | None:
     """Take all batches through one layer, in place in ``hidden``; None if it has no experts."""
     with stream.layer(index) as layer:
-        watch = LayerWatch(layer, experts) if experts is not None else None
+        watch = LayerWatch(layer, experts, extras) if experts is not None else None
         for i, batch in enumerate(batches):
             mask = torch.from_numpy(batch.attention_mask)
             if watch is not None:
@@ -94,8 +102,9 @@ def _observe_layer(
 class LayerWatch:
     """Takes the place of a decoder layer's experts: computes them and counts."""
 
-    def __init__(self, layer: Any, experts: int) -> None:
+    def __init__(self, layer: Any, experts: int, extras: Collection[str] = ()) -> None:
         """Watch ``layer``, a transformers decoder layer whose ``mlp`` is a MoE block."""
+        self.extras = frozenset(extras)
         self.real: Tensor | None = None
         """[tokens] bool, true for tokens that are not padding; set before each batch."""
         device = layer.mlp.experts.down_proj.device
@@ -103,6 +112,19 @@ class LayerWatch:
         self._contribution = torch.zeros(experts, dtype=torch.float64, device=device)
         self._largest = torch.full((experts,), -torch.inf, device=device)
         self._residual: Tensor | None = None
+        hidden = layer.mlp.experts.down_proj.shape[1]
+        self._extra = {
+            name: torch.zeros(
+                experts,
+                experts if extra == "logits" else hidden,
+                dtype=torch.float64,
+                device=device,
+            )
+            for extra in self.extras
+            for name in EXTRAS[extra]
+        }
+        if "logits" in self.extras:
+            layer.mlp.gate.register_forward_hook(self._add_logits)
         layer.mlp.experts = _WatchedExperts(layer.mlp.experts, self)
         # Every family adds the MoE block's output to what enters this norm.
         layer.post_attention_layernorm.register_forward_pre_hook(self._keep_residual)
@@ -112,10 +134,33 @@ class LayerWatch:
             sums=self._sums.permute(2, 0, 1).contiguous().cpu().numpy(),
             max_activation=self._largest.double().cpu().numpy(),
             contribution=self._contribution.cpu().numpy(),
+            **{name: total.cpu().numpy() for name, total in self._extra.items()},
         )
 
     def _keep_residual(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._residual = inputs[0].flatten(0, 1)
+
+    def _add_logits(self, _: nn.Module, __: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        logits, _weights, ids = output
+        real = slice(None) if self.real is None else self.real.to(logits.device)
+        z = logits[real].double()
+        chosen = torch.zeros_like(z).scatter_(1, ids[real], 1.0)
+        self._extra["logit_products"] += z.T @ z
+        self._extra["together"] += chosen.T @ chosen
+
+    def add_outputs(self, expert: int, f: Tensor, g: Tensor) -> None:
+        """Add outputs [n, hidden] of the tokens routed to an expert, gate weights [n]."""
+        if "outputs" in self.extras:
+            # Sums of a batch in float32 and of batches in float64: exact enough, and no copy of f
+            # in float64.
+            wide = f.float()
+            self._extra["output_sums"][expert] += wide.sum(0)
+            self._extra["output_squares"][expert] += wide.square().sum(0)
+            self._extra["gated_sums"][expert] += g.float() @ wide
+
+    def add_dense(self, expert: int, f: Tensor) -> None:
+        """Add an expert's outputs [tokens, hidden] for all tokens."""
+        self._extra["dense_sums"][expert] += f.float().sum(0)
 
     def largest(self, expert: int, value: Tensor) -> None:
         self._largest[expert] = torch.maximum(self._largest[expert], value)
@@ -167,12 +212,16 @@ class _WatchedExperts(nn.Module):
         output = torch.zeros_like(hidden_states)
         norms = []
         start = 0
+        dense = "dense" in self._watch.extras
         for expert, count in enumerate(counts):
+            if dense:
+                self._watch.add_dense(expert, self._expert(expert, hidden_states[kept]))
             if not count:
                 continue
             part = slice(start, start + count)
             start += count
             f = self._expert(expert, hidden_states.index_select(0, tokens[part]))
+            self._watch.add_outputs(expert, f, weights[part])
             norms.append(torch.linalg.vector_norm(f, dim=-1, dtype=torch.float32))
             self._watch.largest(expert, f.max().float())
             output.index_add_(0, tokens[part], (f * weights[part, None]).to(output.dtype))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,16 @@ from liveprune.pruning.errors import DataError
 from liveprune.pruning.files import write_atomic
 
 Values = npt.NDArray[np.float64]
-FORMAT = "liveprune-statistics-1"
+FORMAT = "liveprune-statistics-2"
 FIELDS = ("sums", "max_activation", "contribution")
+EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "outputs": ("output_sums", "output_squares", "gated_sums"),
+        "logits": ("logit_products", "together"),
+        "dense": ("dense_sums",),
+    }
+)
+"""Further sums of a pass that is asked for them, by the name to ask with."""
 
 SUPER_QUANTILE = 0.995
 SUPER_OF_MAXIMUM = 0.1
@@ -40,9 +49,41 @@ class LayerStatistics:
     """[experts] float64: sum of g * ||f||_2 * max(0, 1 - cos(x, x + y)) with x the residual stream
     before the MoE block and y the routed output (EASY-EP, arXiv:2504.06792)."""
 
+    output_sums: Values | None = None
+    """[experts, hidden] float64: sum of f (``outputs``)."""
+    output_squares: Values | None = None
+    """[experts, hidden] float64: sum of the squares of f's entries (``outputs``)."""
+    gated_sums: Values | None = None
+    """[experts, hidden] float64: sum of g * f (``outputs``)."""
+    logit_products: Values | None = None
+    """[experts, experts] float64: sum of z_i * z_j over all tokens, z the gate's logits
+    (``logits``)."""
+    together: Values | None = None
+    """[experts, experts] float64: tokens routed to both experts (``logits``)."""
+    dense_sums: Values | None = None
+    """[experts, hidden] float64: sum of f over all tokens, also those routed elsewhere
+    (``dense``, which computes every expert on every token)."""
+
     def __post_init__(self) -> None:
-        for name in FIELDS:
-            getattr(self, name).setflags(write=False)
+        for array in self.arrays().values():
+            array.setflags(write=False)
+
+    def arrays(self) -> dict[str, Values]:
+        """What is there, by field name."""
+        names = [*FIELDS, *(name for fields in EXTRAS.values() for name in fields)]
+        found = {name: getattr(self, name) for name in names}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def gathered(self, name: str) -> Values:
+        """A field that only a pass with extras fills.
+
+        Raises:
+            ValueError: the pass was not asked for it.
+        """
+        array: Values | None = getattr(self, name)
+        if array is None:
+            raise ValueError(f"statistics: {name} was not gathered; its method must ask for it")
+        return array
 
     @property
     def counts(self) -> Values:
@@ -93,9 +134,9 @@ class RoutingStatistics:
     def save(self, path: Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         tensors = {
-            f"layers.{index}.{name}": np.ascontiguousarray(getattr(layer, name))
+            f"layers.{index}.{name}": np.ascontiguousarray(array)
             for index, layer in self.layers.items()
-            for name in FIELDS
+            for name, array in layer.arrays().items()
         }
         facts = {"tokens": self.tokens, "calibration": self.calibration, "model": self.model}
         write_atomic(path, save(tensors, {"format": FORMAT, "facts": json.dumps(facts)}))
@@ -115,11 +156,11 @@ class RoutingStatistics:
                         f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}"
                     )
                 facts = json.loads(metadata["facts"])
-                indices = sorted({int(name.split(".")[1]) for name in file.keys()})  # noqa: SIM118
-                layers = {
-                    i: LayerStatistics(**{n: file.get_tensor(f"layers.{i}.{n}") for n in FIELDS})
-                    for i in indices
-                }
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                arrays: dict[int, dict[str, Values]] = {}
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    _, index, field = name.split(".")
+                    arrays.setdefault(int(index), {})[field] = file.get_tensor(name)
+                layers = {i: LayerStatistics(**arrays[i]) for i in sorted(arrays)}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not readable as routing statistics: {error}") from error
         return cls(layers, int(facts["tokens"]), str(facts["calibration"]), str(facts["model"]))

@@ -15,6 +15,7 @@ from liveprune.pruning.methods.gate_norm import GATE_NORM
 from liveprune.pruning.methods.man import MAN
 from liveprune.pruning.methods.method import Method
 from liveprune.pruning.methods.moeits import MOEITS
+from liveprune.pruning.methods.mone import MONE
 from liveprune.pruning.methods.msan import MSAN
 from liveprune.pruning.methods.random_choice import RANDOM
 from liveprune.pruning.methods.reap import REAP
@@ -37,6 +38,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             MSAN,
             REAP,
             EASY_EP,
+            MONE,
             AIMER,
             MOEITS,
             WEIGHT_NORM,

@@ -9,5 +9,6 @@ RANDOM = Method(
     title="Random choice, seeded",
     reference="",
     formula="S_j ~ U(0, 1)",
+    draws=True,
     from_seed=lambda experts, generator: generator.random(experts),
 )

@@ -361,6 +361,6 @@ def test_moeits_on_grouped_routers(tiny_model: MakeModel) -> None:
 def test_moeits_options_are_refused_before_anything_is_read(
     tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("liveprune.pruning.prune.Weights", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr("liveprune.pruning.evidence.Weights", lambda *_: pytest.fail("was read"))
     with pytest.raises(PlanError, match=message):
         make_plan(tiny_model("mixtral"), **{"method": "moeits", **options})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from liveprune.pruning.calibration.observer import observe
 from liveprune.pruning.calibration.rows import Rows
-from liveprune.pruning.calibration.statistics import LayerStatistics, RoutingStatistics
+from liveprune.pruning.calibration.statistics import (
+    EXTRAS,
+    FIELDS,
+    LayerStatistics,
+    RoutingStatistics,
+)
 from liveprune.pruning.calibration.streamed import StreamedModel
 from liveprune.pruning.errors import ArchitectureError, CheckpointError
 from liveprune.pruning.model_spec import ModelSpec
@@ -47,6 +53,7 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(model, experts_implementation="eager")
         self.routed: dict[int, list[tuple[torch.Tensor, ...]]] = {}
         self.residual: dict[int, torch.Tensor] = {}
+        self.logits: dict[int, list[torch.Tensor]] = {}
         self.outputs: dict[int, list[torch.Tensor]] = {}
         for index, layer in enumerate(self.model.model.layers):
             layer.register_forward_hook(
@@ -55,6 +62,9 @@ class Reference:
             if hasattr(layer.mlp, "experts"):
                 layer.post_attention_layernorm.register_forward_pre_hook(
                     lambda _m, args, i=index: self.residual.update({i: args[0][0]})
+                )
+                layer.mlp.gate.register_forward_hook(
+                    lambda _m, _a, out, i=index: self.logits.setdefault(i, []).append(out[0])
                 )
                 layer.mlp.experts.register_forward_pre_hook(
                     lambda _m, args, i=index: self.routed.setdefault(i, []).append(
@@ -75,8 +85,21 @@ class Reference:
         sums = np.zeros((len(down), 3, 3))
         largest = np.full(len(down), -np.inf)
         contribution = np.zeros(len(down))
-        for x, ids, weights, residual in self.routed[index]:
+        shape = (len(down), down.shape[1])
+        outs, squares, gated, dense = (np.zeros(shape) for _ in range(4))
+        products, together = (np.zeros((len(down), len(down))) for _ in range(2))
+        for (x, ids, weights, residual), logits in zip(
+            self.routed[index], self.logits[index], strict=True
+        ):
             for t in range(len(x)):
+                for j in range(len(down)):
+                    gate, up = (gate_up[j] @ x[t].double()).chunk(2)
+                    dense[j] += (down[j] @ (torch.nn.functional.silu(gate) * up)).numpy()
+                z = logits[t].double().numpy()
+                products += np.outer(z, z)
+                for i in ids[t].tolist():
+                    for j in ids[t].tolist():
+                        together[i, j] += 1
                 chosen = list(zip(ids[t].tolist(), weights[t].tolist(), strict=True))
                 outputs = {}
                 for j, _ in chosen:
@@ -90,9 +113,14 @@ class Reference:
                     for a in range(3):
                         for b in range(3):
                             sums[j, a, b] += g**a * norm**b
+                    outs[j] += outputs[j].numpy()
+                    squares[j] += outputs[j].numpy() ** 2
+                    gated[j] += g * outputs[j].numpy()
                     largest[j] = max(largest[j], outputs[j].max().item())
                     contribution[j] += g * norm * max(0.0, 1 - cosine)
-        return LayerStatistics(sums, largest, contribution)
+        return LayerStatistics(
+            sums, largest, contribution, outs, squares, gated, products, together, dense
+        )
 
 
 def assert_close(one: LayerStatistics, other: LayerStatistics, rtol: float = 1e-4) -> None:
@@ -101,6 +129,13 @@ def assert_close(one: LayerStatistics, other: LayerStatistics, rtol: float = 1e-
     np.testing.assert_allclose(one.max_activation, other.max_activation, rtol=rtol, atol=1e-6)
     # 1 - cos loses digits in float32 where a block changes its stream little.
     np.testing.assert_allclose(one.contribution, other.contribution, rtol=10 * rtol, atol=1e-5)
+    for name, array in one.arrays().items():
+        if name not in FIELDS:
+            scale = np.abs(other.gathered(name)).max()
+            np.testing.assert_allclose(array, other.gathered(name), rtol=rtol, atol=rtol * scale)
+
+
+EXTRAS_ASKED = ("outputs", "logits", "dense")
 
 
 @every_family
@@ -109,7 +144,8 @@ def test_equals_a_loop_over_tokens(
 ) -> None:
     model = tiny_model(family, **overrides)
     rows = some_rows(9, 5, 12)
-    found = observe(model, rows)
+    found = observe(model, rows, extras=EXTRAS_ASKED)
+    assert set(found.layers[max(found.layers)].arrays()) == {*FIELDS, *chain(*EXTRAS.values())}
     reference = Reference(model)
     reference.run(rows)
     assert list(found.layers) == [x.index for x in ModelSpec.from_path(model).layers]

@@ -69,7 +69,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     save_file({"a": np.zeros(1)}, path)
-    with pytest.raises(DataError, match="format is None, expected 'liveprune-statistics-1'"):
+    with pytest.raises(DataError, match="format is None, expected 'liveprune-statistics-2'"):
         RoutingStatistics.load(path)
     path.write_bytes(b"nothing")
     with pytest.raises(DataError, match="not readable as routing statistics"):

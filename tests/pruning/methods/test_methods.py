@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from liveprune.pruning.architectures import ARCHITECTURES
+from liveprune.pruning.budget import LayerBudget
 from liveprune.pruning.calibration.statistics import LayerStatistics
 from liveprune.pruning.calibration.weights import Weights
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.methods import METHODS, Method, find_method
-from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.methods.method import Folding
+from liveprune.pruning.model_spec import ModelSpec, MoELayer
 
 # Expert 0 gets two tokens with (g, ||f||) = (1/2, 2) and (1/4, 4); expert 1 one with (1, 3);
 # expert 2 none. The tokens' 1 - cos(x, x + y) are 0.1, 0.2 and 0.3.
@@ -52,7 +54,8 @@ def test_from_statistics(name: str) -> None:
 
 
 def test_every_method_with_calibration_is_worked_by_hand() -> None:
-    assert {m.name for m in METHODS.values() if m.needs_calibration} == set(BY_HAND)
+    plain = (m for m in METHODS.values() if m.from_statistics is not None and not m.needs)
+    assert {m.name for m in plain if m.fold is None} == set(BY_HAND)
 
 
 def test_random_is_seeded() -> None:
@@ -143,3 +146,32 @@ def test_unknown_names_get_a_hint() -> None:
 def test_a_method_has_one_source() -> None:
     with pytest.raises(ValueError, match="expected exactly one source"):
         Method("m", "t", "", "S_j")
+
+
+def test_mone_by_hand() -> None:
+    """Expert 0 puts out (1, 0) and (3, 4): mean (2, 2), variances (1, 4), gate mass 1/2 + 1/4."""
+    found = LayerStatistics(
+        sums=statistics().sums,
+        max_activation=np.ones(3),
+        contribution=np.ones(3),
+        output_sums=np.array([[4.0, 4.0], [5.0, 0.0], [0.0, 0.0]]),
+        output_squares=np.array([[10.0, 16.0], [25.0, 0.0], [0.0, 0.0]]),
+    )
+    score = METHODS["mone"].from_statistics
+    assert score is not None
+    np.testing.assert_allclose(score(found), [math.sqrt(5) * 0.75 / 3, 0, 0])
+    assert METHODS["mone"].fold is not None
+    layer = METHODS["mone"].fold(
+        Folding(
+            budget=LayerBudget(MoELayer(4, 3, 2, 3), 1, 2, 2, skipped=False),
+            kept=(0,),
+            scores=score(found),
+            statistics=found,
+            weights=None,  # type: ignore[arg-type]
+            keep_gate_rows=True,
+            options={},
+        )
+    )
+    assert (layer.layer, layer.kept, layer.top_k) == (4, (0,), 2)
+    assert layer.constants is not None
+    np.testing.assert_array_equal(layer.constants, [[5, 0], [0, 0]])
