@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -49,3 +51,19 @@ def number_or_list(option: str, text: str | None) -> int | list[int] | None:
     if not found:
         return None
     return found if "," in str(text) else found[0]
+
+
+def parse_changes(changes: Sequence[str]) -> dict[str, object]:
+    """``NAME=VALUE`` of ``--set``: a value is JSON, or a plain word."""
+    named: dict[str, object] = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise PlanError(f"--set: found {change!r}, expected NAME=VALUE")
+        if key in named:
+            raise PlanError(f"--set: found {key} twice, expected it once")
+        try:
+            named[key] = json.loads(text)
+        except ValueError:
+            named[key] = text
+    return named

@@ -20,12 +20,13 @@ from liveprune.server.cli_options import (
     check_output,
     number_or_list,
     numbers,
+    parse_changes,
 )
 
 SEARCH = "eep"
 ONE_PASS_OPTIONS = (
     *("tau", "nmi", "calibration", "allocate", "skip_layers", "keep_super_experts"),
-    *("max_tokens", "device", "statistics_cache"),
+    *("max_tokens", "device", "statistics_cache", "router"),
 )
 SEARCH_OPTIONS = (
     *(
@@ -37,13 +38,19 @@ SEARCH_OPTIONS = (
         "groups",
         "merge",
         "start",
-        "change",
         "search_dir",
     ),
     *("engine", "dtype", "max_answer_tokens", "admin_key_file", "expert_parallel"),
 )
 console = Console()
 _PANEL = "EEP search (--method eep)"
+
+
+class GateRows(StrEnum):
+    """What methods that merge do with the router."""
+
+    KEEP = "keep"
+    DROP = "drop"
 
 
 class Allocation(StrEnum):
@@ -70,11 +77,24 @@ def prune(
         str, typer.Option(help="moeits: plain, or a control: shuffled, corrected.")
     ] = "plain",
     top_k: Annotated[str | None, typer.Option(help="Active experts: one number or a list.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="JSONL rows.")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="JSONL rows; repeatable, each file a corpus.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="For methods that draw.")] = 0,
     allocate: Annotated[
-        Allocation, typer.Option(help="The same count in all layers, or one total shared out.")
-    ] = Allocation.UNIFORM,
+        Allocation | None,
+        typer.Option(help="The same count in all layers, or one total; default: the method's."),
+    ] = None,
+    router: Annotated[
+        GateRows | None,
+        typer.Option(help="Methods that merge: keep all gate rows, or drop; default: theirs."),
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any other parameter of the method; repeatable."
+        ),
+    ] = None,
     skip_layers: Annotated[str, typer.Option(help="Layers to leave whole, e.g. 0,1,2.")] = "",
     keep_super_experts: Annotated[
         bool, typer.Option("--keep-super-experts", help="Never prune outlier experts.")
@@ -137,15 +157,6 @@ def prune(
         typer.Option(
             metavar="METHOD",
             help="A one-pass method whose pruning, by --train, is tried first; repeatable.",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None,
-    change: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other hyper-parameter; repeatable.",
             rich_help_panel=_PANEL,
         ),
     ] = None,
@@ -241,7 +252,9 @@ def prune(
                 top_k=number_or_list("--top-k", top_k),
                 calibration=calibration,
                 seed=seed,
-                allocate=allocate.value,
+                allocate=None if allocate is None else allocate.value,
+                options=parse_changes(change or ()),
+                keep_gate_rows=None if router is None else router is GateRows.KEEP,
                 skip_layers=numbers("--skip-layers", skip_layers),
                 keep_super_experts=keep_super_experts,
                 max_tokens=max_tokens,

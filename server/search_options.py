@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.search.presets import Settings, preset
+from liveprune.server.cli_options import parse_changes
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,19 @@ def parse_settings(name: str, changes: Sequence[str], **given: Any) -> Settings:
         PlanError: no such preset or hyper-parameter, or a value that it cannot have.
     """
     named = {key: value for key, value in given.items() if value is not None}
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals:
-            raise PlanError(f"--set: found {change!r}, expected NAME=VALUE")
+    for key, value in parse_changes(changes).items():
         if key in named:
             raise PlanError(f"--set: found {key} twice, expected it once")
-        named[key] = _value(key, text)
+        named[key] = _checked(key, value)
     return preset(name, **named)
 
 
-def _value(key: str, text: str) -> object:
+def _checked(key: str, value: object) -> object:
     """A number, true, false, or a plain word where the field takes one."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
     defaults = {x.name: x.default for x in dataclasses.fields(Settings)}
     if isinstance(defaults.get(key), bool) != isinstance(value, bool) and key in defaults:
         expected = "true or false" if isinstance(defaults[key], bool) else "a number or a word"
-        raise PlanError(f"--set {key}: found {text!r}, expected {expected}")
+        raise PlanError(f"--set {key}: found {value!r}, expected {expected}")
     if isinstance(defaults.get(key), int | float) and not isinstance(value, int | float):
-        raise PlanError(f"--set {key}: found {text!r}, expected a number")
+        raise PlanError(f"--set {key}: found {value!r}, expected a number")
     return value

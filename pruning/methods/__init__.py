@@ -20,6 +20,8 @@ from liveprune.pruning.methods.msan import MSAN
 from liveprune.pruning.methods.random_choice import RANDOM
 from liveprune.pruning.methods.reap import REAP
 from liveprune.pruning.methods.soft import SOFT
+from liveprune.pruning.methods.stun import STUN, STUN_COACTIVATION
+from liveprune.pruning.methods.tb_coverage import TB_COVERAGE
 from liveprune.pruning.methods.weight_norm import WEIGHT_NORM
 from liveprune.pruning.methods.weighted_ean import WEIGHTED_EAN
 
@@ -41,6 +43,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             MONE,
             AIMER,
             MOEITS,
+            TB_COVERAGE,
+            STUN,
+            STUN_COACTIVATION,
             WEIGHT_NORM,
             GATE_NORM,
         )

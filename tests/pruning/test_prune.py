@@ -39,10 +39,17 @@ def test_every_method_makes_a_plan(
     tiny_model: MakeModel, rows: Path, tmp_path: Path, method: str
 ) -> None:
     model = tiny_model("qwen2_moe")
-    plan = make_plan(model, method=method, experts=5, calibration=rows, statistics_cache=tmp_path)
+    plan = make_plan(
+        model,
+        method=method,
+        experts=5,
+        calibration=rows,
+        allocate="uniform",
+        statistics_cache=tmp_path,
+    )
     check_plan(plan, ModelSpec.from_path(model))
     assert [layer.kept_experts for layer in plan.layers] == [5, 5, 5]
-    for layer in plan.layers:
+    for layer in plan.layers if METHODS[method].choose is None else ():
         scores = plan.lineage.scores[str(layer.layer)]
         low = [-np.inf if s is None else s for s in scores]
         pruned = set(range(8)) - set(layer.kept)
@@ -364,3 +371,23 @@ def test_moeits_options_are_refused_before_anything_is_read(
     monkeypatch.setattr("liveprune.pruning.evidence.Weights", lambda *_: pytest.fail("was read"))
     with pytest.raises(PlanError, match=message):
         make_plan(tiny_model("mixtral"), **{"method": "moeits", **options})
+
+
+def test_several_files_are_several_corpora_or_one(
+    tiny_model: MakeModel, rows: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("mixtral")
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "0123456789 + 9876543210 = ?"}) + "\n")
+    both = tmp_path / "both.jsonl"
+    both.write_text(rows.read_text() + other.read_text())
+    joined = make_plan(model, method="reap", experts=4, calibration=[rows, other])
+    assert joined == make_plan(model, method="reap", experts=4, calibration=both)
+    one, two = (
+        make_plan(model, method="tb-coverage", experts=4, calibration=files)
+        for files in ([rows, other], [other, rows])
+    )
+    assert one.lineage.calibration != two.lineage.calibration
+    assert one.lineage.scores != two.lineage.scores
+    with pytest.raises(PlanError, match="tb-coverage ranks the experts of one layer"):
+        make_plan(model, method="tb-coverage", experts=4, calibration=rows, allocate="global")

@@ -131,7 +131,8 @@ def test_registry() -> None:
     assert all(name == method.name for name, method in METHODS.items())
     for method in METHODS.values():
         assert method.title
-        assert method.formula.startswith("S_j")
+        assert method.formula.startswith("S_j" if method.choose is None else "")
+        assert method.formula
         assert not method.reference or re.fullmatch(r"arXiv:\d{4}\.\d{5}", method.reference)
 
 
@@ -175,3 +176,18 @@ def test_mone_by_hand() -> None:
     assert (layer.layer, layer.kept, layer.top_k) == (4, (0,), 2)
     assert layer.constants is not None
     np.testing.assert_array_equal(layer.constants, [[5, 0], [0, 0]])
+
+
+def one_corpus(*norms: float) -> LayerStatistics:
+    """Each expert gets one token with gate weight 1 and that norm."""
+    sums = np.array([[[norm**b for b in range(3)] for _ in range(3)] for norm in norms])
+    return LayerStatistics(sums, np.ones(len(norms)), np.ones(len(norms)))
+
+
+def test_tb_coverage_by_hand() -> None:
+    """The first corpus names 3, then 1; the second 0, then, as 3 is taken, 2."""
+    score = METHODS["tb-coverage"].from_corpora
+    assert score is not None
+    found = score([one_corpus(1, 3, 2, 4), one_corpus(9, 1, 2, 8)])
+    np.testing.assert_array_equal(found, [3, 2, 1, 4])
+    np.testing.assert_array_equal(score([one_corpus(1, 3, 2, 4)]), [1, 3, 2, 4])
