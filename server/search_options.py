@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,9 +63,10 @@ def parse_settings(name: str, changes: Sequence[str], **given: Any) -> Settings:
 def _checked(key: str, value: object) -> object:
     """A number, true, false, or a plain word where the field takes one."""
     defaults = {x.name: x.default for x in dataclasses.fields(Settings)}
+    text = value if isinstance(value, str) else json.dumps(value)
     if isinstance(defaults.get(key), bool) != isinstance(value, bool) and key in defaults:
         expected = "true or false" if isinstance(defaults[key], bool) else "a number or a word"
-        raise PlanError(f"--set {key}: found {value!r}, expected {expected}")
+        raise PlanError(f"--set {key}: found {text!r}, expected {expected}")
     if isinstance(defaults.get(key), int | float) and not isinstance(value, int | float):
-        raise PlanError(f"--set {key}: found {value!r}, expected a number")
+        raise PlanError(f"--set {key}: found {text!r}, expected a number")
     return value

@@ -97,7 +97,7 @@ def test_another_search_does_not_share_the_folder(tmp_path: Path) -> None:
         (["--method", "eep", "--tau", "1"], "--tau: found with method eep"),
         (["--method", "reap", "--train", TRAIN], "--train: found with method reap"),
         (["--method", "reap", "--no-merge"], "--merge: found with method reap"),
-        (["--method", "random", "--set", "a=1"], "--set: found with method random"),
+        (["--method", "random", "--experts", "4", "--set", "a=1"], "parameter 'a', expected none"),
         (
             ["--method", "eep", "--train", TRAIN, "--experts", "4", "--top-k", "1,2,1,1"],
             "--top-k: found '1,2,1,1', expected one number",
