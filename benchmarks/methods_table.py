@@ -1,0 +1,68 @@
+"""The tables of ``benchmarks.methods``, as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.methods import Row
+
+MIX = "mix"
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Mean test scores in per cent, one table per model and kind of calibration."""
+    parts = []
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == model]
+        full = [row for row in mine if row.method == "full"]
+        for title, chosen in (
+            ("each task by its own rows", [x for x in mine if x.calibrated == x.task]),
+            ("all tasks by mixed rows", [x for x in mine if x.calibrated == MIX and x.task]),
+        ):
+            failed = [x for x in mine if x.failure and (x.calibrated == MIX) == ("mixed" in title)]
+            if chosen:
+                parts.append(f"### {model.capitalize()} model, {title}\n")
+                parts.append(_table([*full, *chosen], failed))
+    return "\n".join(parts)
+
+
+def _table(rows: Sequence[Row], failed: Sequence[Row]) -> str:
+    tasks = sorted({row.task for row in rows})
+    lines = [f"| experts | method | {' | '.join(tasks)} | mean | extra bytes | CPU s |"]
+    lines.append("|---" * (len(tasks) + 5) + "|")
+    budgets = dict.fromkeys((row.experts, row.top_k) for row in rows)
+    for experts, top_k in budgets:
+        of_budget = [row for row in rows if (row.experts, row.top_k) == (experts, top_k)]
+        for method in _best_first(of_budget):
+            mine = [row for row in of_budget if row.method == method]
+            cells = [_cell([row for row in mine if row.task == task]) for task in tasks]
+            mean = statistics.mean(100 * row.test for row in mine)
+            extra = max(row.extra_bytes for row in mine)
+            seconds = statistics.median(row.seconds for row in mine)
+            lines.append(
+                f"| {experts}, top-{top_k} | {method} | {' | '.join(cells)} | {mean:.1f} | "
+                f"{extra:,} | {seconds:.1f} |"
+            )
+    reasons = dict.fromkeys(
+        f"- {row.method}, {row.experts} experts, top-{row.top_k}: {row.failure}" for row in failed
+    )
+    return "\n".join([*lines, "", *reasons, ""])
+
+
+def _best_first(rows: Iterable[Row]) -> list[str]:
+    tests: dict[str, list[float]] = {}
+    for row in rows:
+        tests.setdefault(row.method, []).append(row.test)
+    return sorted(tests, key=lambda method: (-statistics.mean(tests[method]), method))
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    """Mean over the seeds and, where there are several, standard deviation."""
+    values = [100 * row.test for row in rows]
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.1f}"
