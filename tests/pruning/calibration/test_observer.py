@@ -295,7 +295,7 @@ def test_a_missing_or_broken_tensor_is_named(tiny_model: MakeModel, tmp_path: Pa
 def test_equals_the_official_reap_observer(shared: Path, name: str, variant: str) -> None:
     """The variant is the one with the model's own weights: Mixtral renormalises, Qwen2 does not."""
     golden = shared / "golden"
-    found = observe(golden / "ckpt" / name, golden_rows(golden))
+    found = observe(golden / "ckpt" / name, golden_rows(golden), extras=EXTRAS_ASKED)
     expected = load_file(golden / "reap" / f"{name}.safetensors")
     for i, layer in found.layers.items():
         at = f"L{i}."
@@ -310,6 +310,34 @@ def test_equals_the_official_reap_observer(shared: Path, name: str, variant: str
             f"{at}max_activations": layer.max_activation,
         }.items():
             np.testing.assert_allclose(value, expected[key].numpy(), rtol=1e-4, err_msg=key)
+        for key, value in {
+            f"{at}characteristic_activation": layer.gathered("dense_sums") / found.tokens,
+            f"{at}routed_characteristic_activation": (
+                layer.gathered("output_sums") / layer.counts[:, None]
+            ),
+        }.items():
+            np.testing.assert_allclose(value, expected[key].numpy(), atol=1e-7, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["mixtral_rand", "qwen2moe_rand"])
+def test_similarity_of_logits_equals_the_official_one(shared: Path, name: str) -> None:
+    """It is 1 - cosine there, taken for each of the two batches and averaged over their tokens."""
+    golden = shared / "golden"
+    rows = golden_rows(golden).token_ids
+    batches = [
+        observe(golden / "ckpt" / name, Rows(some), extras=["logits"])
+        for some in (rows[:4], rows[4:])
+    ]
+    expected = load_file(golden / "reap" / f"{name}.safetensors")
+    for i in batches[0].layers:
+        found = np.zeros_like(batches[0].layers[i].gathered("logit_products"))
+        for batch in batches:
+            products = batch.layers[i].gathered("logit_products")
+            norms = np.sqrt(np.diag(products))
+            found += batch.tokens * (1 - products / np.outer(norms, norms))
+        similarity = expected[f"L{i}.router_logit_similiarity"].numpy()
+        tokens = sum(batch.tokens for batch in batches)
+        np.testing.assert_allclose(found / tokens, similarity, atol=1e-6)
 
 
 def golden_rows(golden: Path) -> Rows:
