@@ -61,8 +61,8 @@ class Row:
 class Bench:
     """Tasks and engine, and what one plan is worth."""
 
-    def __init__(self, rows: int, seeds: int, folder: Path) -> None:
-        self.model = model_path()
+    def __init__(self, model: Path, rows: int, seeds: int, folder: Path) -> None:
+        self.model = model
         self.spec = ModelSpec.from_path(self.model)
         self.rows, self.seeds, self.folder = rows, seeds, folder
         self.engine = ScoringEngine(
@@ -273,6 +273,7 @@ def _claims(rows: Sequence[Row], mark: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=model_path())
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=128, help="train rows")
     parser.add_argument("--tasks", nargs="+", default=list(task_names()), choices=task_names())
@@ -285,7 +286,7 @@ def main() -> None:
         print(tables([Row(**row) for row in json.loads(chosen.result.read_text())["rows"]]))
         return
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    bench = Bench(chosen.rows, chosen.seeds, chosen.folder)
+    bench = Bench(chosen.model, chosen.rows, chosen.seeds, chosen.folder)
     run(chosen.tasks, bench, chosen.result, started=chosen.started)
 
 
