@@ -13,8 +13,10 @@ import torch
 
 from liveprune.patches.answer_scoring import ComputeLogits, score_answers
 from liveprune.patches.answer_states import answer_states
+from liveprune.patches.expert_reader import ExpertReader
 from liveprune.patches.live_layers import LiveLayer
 from liveprune.patches.live_types import BASE_SLOT
+from liveprune.patches.neuron_merge import write_neurons
 from liveprune.patches.packed_forward import PackedForward
 from liveprune.patches.row_assignment import Assignment, assign_rows
 from liveprune.patches.row_merge import merge_rows
@@ -31,9 +33,12 @@ REFERENCE_BYTES = 1 << 28
 class Candidates:
     """Stages plans in the slots that nothing else uses, and scores texts under them."""
 
-    def __init__(self, layers: Mapping[int, LiveLayer], spec: ModelSpec) -> None:
+    def __init__(
+        self, layers: Mapping[int, LiveLayer], spec: ModelSpec, reader: ExpertReader
+    ) -> None:
         self._layers = layers
         self._spec = spec
+        self._reader = reader
         self._staged: dict[int, dict[int, Assignment]] = {}
         self._reference: dict[TokenRow, torch.Tensor] = {}
 
@@ -155,11 +160,12 @@ class Candidates:
         """Compute all merged rows; a layer's experts are read once for all candidates."""
         for index, layer in self._layers.items():
             mine = [x[index] for x in self._staged.values()]
-            parts = [x.coefficients for x in mine if x.coefficients is not None]
-            if not parts:
+            self._gather(layer, mine)
+            mixed = [x for x in mine if x.coefficients is not None]
+            if not mixed:
                 continue
-            coefficients = np.concatenate(parts)
-            targets = [row for x in mine for row in x.merged]
+            coefficients = np.concatenate([x.coefficients for x in mixed])
+            targets = [row for x in mixed for row in x.merged]
             used = [int(i) for i in np.flatnonzero(coefficients.any(axis=0))]
             _check_resident(layer, used)
             layer.rows.commit([row for row in targets if row not in layer.rows.resident])
@@ -167,6 +173,14 @@ class Candidates:
             for tensor in (layer.rows.w13, layer.rows.w2):
                 sources = [tensor[i].view(-1) for i in used]
                 merge_rows(weights, sources, [tensor[j].view(-1) for j in targets])
+
+    def _gather(self, layer: LiveLayer, assignments: Sequence[Assignment]) -> None:
+        """Compute the rows that are put together neuron by neuron."""
+        for merge in (x.neurons for x in assignments if x.neurons is not None):
+            layer.rows.commit([row for row in merge.rows if row not in layer.rows.resident])
+            for row in merge.rows:
+                row13, row2 = layer.rows.w13[row], layer.rows.w2[row]
+                write_neurons(merge, row, self._reader, layer.packing, row13, row2)
 
     def _clear_tables(self, slot: int) -> None:
         for layer in self._layers.values():

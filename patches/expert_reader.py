@@ -46,7 +46,13 @@ class _Matrix:
 
 
 class ExpertReader:
-    """Reads single experts as vLLM would load them; any number of threads at once."""
+    """Reads single experts as vLLM would load them; any number of threads at once.
+
+    Attributes:
+        spec: of the checkpoint.
+        dtype: element type of what is read.
+        first: the rank's first neuron of each expert.
+    """
 
     def __init__(
         self, checkpoint: Path, spec: ModelSpec, *, dtype: torch.dtype, tp_rank: int, tp_size: int
@@ -72,7 +78,7 @@ class ExpertReader:
         self.spec = spec
         self.dtype = dtype
         self._size = spec.expert_size // tp_size
-        self._first = tp_rank * self._size
+        self.first = tp_rank * self._size
         tensors = read_checkpoint(checkpoint).tensors
         self._blocks = {block.layer.index: block for block in layer_tensors(tensors, spec)}
         for block in self._blocks.values():
@@ -126,11 +132,33 @@ class ExpertReader:
             CheckpointError: the file cannot be read, has changed since it was opened, or holds NaN
                 or infinity; names the tensor.
         """
+        self._read_into(layer, expert, w13, w2, self.first)
+
+    def read_whole(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read one expert, also what belongs to other ranks, into new tensors.
+
+        Returns:
+            [2 * intermediate size, hidden] and [hidden, intermediate size].
+
+        Raises:
+            CheckpointError: as ``read_into``.
+        """
+        hidden, size = self.spec.hidden_size, self.spec.expert_size
+        w13 = torch.empty(2 * size, hidden, dtype=self.dtype)
+        w2 = torch.empty(hidden, size, dtype=self.dtype)
+        self._read_into(layer, expert, w13, w2, 0)
+        return w13, w2
+
+    def _read_into(
+        self, layer: int, expert: int, w13: torch.Tensor, w2: torch.Tensor, neuron: int
+    ) -> None:
+        """Fill both from the expert's neurons, from ``neuron`` on."""
         gate, up, down = self._matrices(layer, expert)
+        size = len(w13) // 2
         parts = (
-            (gate, w13[: self._size], self._first, 0),
-            (up, w13[self._size :], self._first, 0),
-            (down, w2, 0, self._first),
+            (gate, w13[:size], neuron, 0),
+            (up, w13[size:], neuron, 0),
+            (down, w2, 0, neuron),
         )
         for matrix, part, row, _ in parts:
             self._announce(matrix, len(part), row)

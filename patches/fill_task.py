@@ -109,12 +109,12 @@ class FillTask:
         self._check_cancelled()
         with self._filler.protect():
             self._show("filling", bytes_total=sum(layer.plan() for layer in self._layers))
-        plain = [layer for layer in self._layers if not layer.merges]
+        plain = [layer for layer in self._layers if not layer.merged]
         for layer in plain:
             layer.commit()
         self._share([work for layer in plain for work in layer.filling()])
         for layer in self._layers:
-            if layer.merges:
+            if layer.merged:
                 layer.commit()
                 self._share(layer.filling())
                 self._share(layer.merging())

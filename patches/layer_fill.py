@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from liveprune.patches.neuron_merge import NeuronMerge, write_neurons
 from liveprune.patches.row_merge import merge_rows
 from liveprune.patches.row_writer import RowWriter
 from liveprune.pruning.errors import EngineError
@@ -39,6 +40,7 @@ class LayerFill:
     fills: Mapping[int, int]
     """Row -> expert; those of base experts that have memory already are only verified."""
     merges: Sequence[MergeJob]
+    gathers: Sequence[NeuronMerge]
     needed: frozenset[int]
     """Further rows that must have memory and be right."""
     owned: frozenset[int] = frozenset()
@@ -48,8 +50,9 @@ class LayerFill:
 
     @cached_property
     def merged(self) -> frozenset[int]:
-        """Rows that merges write."""
-        return frozenset(row for merge in self.merges for row in merge.rows)
+        """Rows that merges of both kinds write."""
+        mixed = frozenset(row for merge in self.merges for row in merge.rows)
+        return mixed.union(*(gather.rows for gather in self.gathers))
 
     @cached_property
     def wanted(self) -> frozenset[int]:
@@ -99,9 +102,16 @@ class LayerFill:
         ]
 
     def merging(self) -> list[Work]:
-        """Compute merged rows, each piece all rows of a merge for a range of elements."""
+        """Compute merged rows, each piece all rows of a merge for a range of elements.
+
+        A row that is gathered neuron by neuron is one piece.
+        """
         rows = self.filler.rows[self.layer]
-        work = []
+        work = [
+            Work(f"layer {self.layer}, row {row}", partial(self._gather, merge, row))
+            for merge in self.gathers
+            for row in merge.rows
+        ]
         for merge in self.merges:
             used = _used(merge)
             coefficients = torch.from_numpy(merge.coefficients[:, used])
@@ -166,6 +176,12 @@ class LayerFill:
                 f"its file has changed or is damaged: {filler.reader.where(self.layer, expert)}"
             )
         filler.checks.record(self.layer, row, found)
+        return row13.nbytes + row2.nbytes
+
+    def _gather(self, merge: NeuronMerge, row: int, _: RowWriter) -> int:
+        filler, rows = self.filler, self.filler.rows[self.layer]
+        row13, row2 = rows.w13[row], rows.w2[row]
+        write_neurons(merge, row, filler.reader, filler.packing[self.layer], row13, row2)
         return row13.nbytes + row2.nbytes
 
     def _record(self, row: int, _: RowWriter) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from liveprune.patches.batch_slots import BatchSlots
+from liveprune.patches.constant_experts import add_constants
 from liveprune.patches.expert_packing import Packing
 from liveprune.patches.expert_rows import ExpertRows
 from liveprune.patches.live_config import LiveConfig
@@ -68,10 +69,12 @@ def _layer(
         base.experts,
         config.spare_rows,
         base.top_k,
+        hidden=packing.hidden,
         base_map=getattr(moe.router, "router_map", None),
         device=device,
     )
     routing.attach(tables, batch)
+    add_constants(moe.routed_experts, routing)
     rows = ExpertRows(moe.routed_experts, packing, base.experts + config.spare_rows, device)
     return LiveLayer(index, base.experts, tables, rows, packing)
 

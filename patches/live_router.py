@@ -16,7 +16,7 @@ import torch
 
 from liveprune.patches.batch_slots import BatchSlots
 from liveprune.patches.live_types import BASE_SLOT
-from liveprune.patches.routing import RouterSpec, route
+from liveprune.patches.routing import RouterSpec, route, split_constants
 from liveprune.patches.routing_tables import LayerTables
 from liveprune.pruning.errors import EngineError
 
@@ -31,6 +31,8 @@ class LiveRouting:
         spec: how it scores and selects.
         tables: of the layer; None until attached, and then routing is vLLM's own.
         batch: slots of the running batch; None until attached.
+        constants: float32 [tokens, hidden], what constant experts add to the output of the tokens
+            routed last; None if none of them has any.
     """
 
     def __init__(self, original: Callable[..., Routing], spec: RouterSpec) -> None:
@@ -38,6 +40,7 @@ class LiveRouting:
         self.spec = spec
         self.tables: LayerTables | None = None
         self.batch: BatchSlots | None = None
+        self.constants: torch.Tensor | None = None
         self._route = route
 
     def attach(self, tables: LayerTables, batch: BatchSlots) -> None:
@@ -63,12 +66,14 @@ class LiveRouting:
             EngineError: a token's slot is free (not seen under CUDA graphs).
         """
         tables, batch = self.tables, self.batch
+        self.constants = None
         if tables is None or batch is None:
             return self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         tokens = len(router_logits)
         slots: torch.Tensor | int
         if batch.static:
             base, slots, columns = True, batch.view(tokens), tables.base_top_k
+            constant = tables.can_be_constant
             flags = {"mapped": tables.can_map, "remapped": tables.can_remap, "lower": True}
         else:
             present = batch.present_in(tokens)
@@ -78,6 +83,7 @@ class LiveRouting:
                 raise EngineError(f"found tokens of the slots {free}, expected live slots only")
             base, columns = BASE_SLOT in present, max(top_ks)
             slots = batch.view(tokens) if len(present) > 1 else present[0]
+            constant = any(tables.constant[slot] for slot in present)
             flags = {
                 "mapped": any(tables.mapped[slot] for slot in present),
                 "remapped": any(tables.remapped[slot] for slot in present),
@@ -85,6 +91,8 @@ class LiveRouting:
             }
         if not base:
             weights, rows = self._route(router_logits, self.spec, tables, slots, columns, **flags)
+            if constant:
+                weights, rows = self._take_constants(weights, rows, slots, tables)
             return weights, rows.to(indices_type or torch.int32)
         own_weights, own_ids = self.original(
             hidden_states, router_logits, indices_type, input_ids=input_ids
@@ -95,7 +103,17 @@ class LiveRouting:
         # The base's tokens keep vLLM's own numbers, bit for bit.
         is_base = (slots == BASE_SLOT).unsqueeze(1)
         weights = torch.where(is_base, own_weights, weights)
-        return weights, torch.where(is_base, own_ids, rows).to(indices_type or torch.int32)
+        rows = torch.where(is_base, own_ids, rows)
+        if constant:
+            weights, rows = self._take_constants(weights, rows, slots, tables)
+        return weights, rows.to(indices_type or torch.int32)
+
+    def _take_constants(
+        self, weights: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor | int, t: LayerTables
+    ) -> Routing:
+        """Keep what constant experts answer; the kernel sees rows that are there."""
+        self.constants, weights, rows = split_constants(weights, rows, slots, t)
+        return weights, rows
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class LiveWorker:
             protect=lambda: self._lock,
         )
         self._slots: dict[int, Slot] = {}
-        self.candidates = Candidates(self._layers, self.spec)
+        self.candidates = Candidates(self._layers, self.spec, reader)
         dtype = worker.model_config.dtype
         self.scores = RequestScores(worker.model_config.get_hidden_size() * dtype.itemsize)
         attach(self.runner, self.scores)
@@ -281,7 +281,8 @@ class LiveWorker:
             for index, assignment in assignments.items()
             for row in assignment.needed.difference(assignment.merged)
         ]
-        return self._filler.start((), merges, needed)
+        gathers = [x.neurons for x in assignments.values() if x.neurons is not None]
+        return self._filler.start((), merges, needed, gathers)
 
     def _slot(self, slot: int) -> Slot:
         if slot not in self._slots:

@@ -129,6 +129,33 @@ def route(
     return weights.contiguous(), rows.to(torch.int32)
 
 
+def split_constants(
+    weights: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor | int, tables: LayerTables
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Take the choices of constant experts out of a routing.
+
+    Args:
+        weights: [tokens, top_k].
+        rows: [tokens, top_k]; from ``tables.rows`` on they name constants.
+        slots: int64 [tokens], or one slot for all.
+        tables: of the layer.
+
+    Returns:
+        The sum over a token's constants of weight times vector, float32 [tokens, hidden]; and
+        weights and rows for the kernel, with weight 0 and the slot's stand-in in their place.
+    """
+    is_constant = rows >= tables.rows
+    mass = weights.new_zeros(len(rows), len(tables.constants), dtype=torch.float32)
+    places = torch.where(is_constant, rows - tables.rows, 0).long()
+    mass.scatter_add_(1, places, weights.float() * is_constant)
+    if isinstance(slots, int):
+        stand_in = tables.stand_in[slots]
+    else:
+        stand_in = tables.stand_in.index_select(0, slots).unsqueeze(1)
+    kernel_rows = torch.where(is_constant, stand_in.to(rows.dtype), rows)
+    return mass @ tables.constants, weights.masked_fill(is_constant, 0.0), kernel_rows
+
+
 def _by_own_score(
     logits: torch.Tensor,
     spec: RouterSpec,

@@ -7,7 +7,7 @@ plain lists beside them: no tensor is read back while the model runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,6 +25,10 @@ class LayerTables:
 
     In a layer whose checkpoint has a router map itself, every slot selects by that map.
 
+    An expert may also answer with a constant vector of the slot instead of computing (MoNE). It is
+    then sent to a row beyond the last, ``rows + i`` for vector i of the pool, which no kernel must
+    see: ``live_router`` takes these choices out.
+
     Attributes:
         allow: bool [slots, experts]; experts that a token of the slot may select.
         top_k: int64 [slots]; active experts per token, 0 for a free slot.
@@ -33,9 +37,13 @@ class LayerTables:
         map_allow: bool [slots, map rows]; map rows that belong to the slot.
         router_map: float32 [map rows, gate width]; a score is such a row times the probabilities.
         map_row: int64 [map rows]; row of the expert that the score is for.
+        constants: float32 [pool, hidden]; vectors of all slots, zero where free. The pool has as
+            many as there are spare rows.
+        stand_in: int64 [slots]; a row of the slot that a constant's place is sent to with weight 0.
         top_ks: ``top_k`` for the host.
         mapped: ``is_mapped`` for the host.
         remapped: for the host, per slot: ``row_of`` is not the identity.
+        constant: for the host, per slot: some of its experts are constant.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class LayerTables:
         spare: int,
         top_k: int,
         *,
+        hidden: int = 0,
         base_map: torch.Tensor | None = None,
         device: torch.device | str,
     ) -> None:
@@ -55,6 +64,7 @@ class LayerTables:
             experts: base experts of the layer.
             spare: rows for merged experts.
             top_k: the base's active experts per token; no slot can have more.
+            hidden: size of an expert's output; 0: no slot can have constants.
             base_map: the checkpoint's own router map [experts, gate width], or None.
             device: of the tensors.
         """
@@ -76,6 +86,11 @@ class LayerTables:
         if base_map is not None:
             self.router_map.copy_(base_map)
             self.map_row.copy_(identity)
+        pool = spare if hidden and base_map is None else 0
+        self.constants = torch.zeros(pool, hidden, dtype=torch.float32, device=device)
+        self.stand_in = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.constant = [False] * slots
+        self._constants: dict[int, list[int]] = {}
         self.top_ks = [0] * slots
         self.mapped = [False] * slots
         self.remapped = [False] * slots
@@ -97,6 +112,16 @@ class LayerTables:
         """Some slot may have its experts' work done by other rows than their own."""
         return self.spare > 0 and not self.has_base_map
 
+    @property
+    def can_be_constant(self) -> bool:
+        """Some slot may have experts that answer with a constant."""
+        return len(self.constants) > 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the layer's expert tensor; larger numbers in ``row_of`` are constants."""
+        return self.experts + self.spare
+
     def write(self, slot: int, plan: LayerPlan | None, rows: Sequence[int]) -> None:
         """Make a slot route by a plan (None: the base).
 
@@ -110,10 +135,15 @@ class LayerTables:
         """
         if plan is None:
             self.set_base(slot)
-        elif plan.router_map is None:
-            self.set_kept(slot, plan.kept, plan.top_k, rows)
-        else:
+        elif plan.router_map is not None:
             self.set_mapped(slot, torch.tensor(plan.router_map), rows, plan.top_k)
+        elif plan.expert_map:
+            self.set_kept(slot, range(self.experts), plan.top_k, [rows[j] for j in plan.expert_map])
+        elif plan.constants is not None:
+            vectors = dict(zip(plan.pruned, torch.tensor(plan.constants), strict=True))
+            self.set_constant(slot, plan.kept, plan.top_k, vectors)
+        else:
+            self.set_kept(slot, plan.kept, plan.top_k, rows)
 
     def set_base(self, slot: int) -> None:
         """Every expert, the base's own top-k."""
@@ -138,7 +168,12 @@ class LayerTables:
         self._set_kept(slot, kept, top_k, rows)
 
     def _set_kept(
-        self, slot: int, kept: Sequence[int], top_k: int, rows: Sequence[int] | None
+        self,
+        slot: int,
+        kept: Sequence[int],
+        top_k: int,
+        rows: Sequence[int] | None,
+        end: int | None = None,
     ) -> None:
         self.clear(slot)
         rows = kept if rows is None else rows
@@ -146,7 +181,7 @@ class LayerTables:
         if len(rows) != len(kept):
             raise EngineError(f"slot {slot}: found {len(rows)} rows, expected {len(kept)}")
         self._check_ids(slot, "expert ids", kept, self.experts)
-        self._check_ids(slot, "rows", rows, self.experts + self.spare)
+        self._check_ids(slot, "rows", rows, self.rows if end is None else end)
         self._check_top_k(slot, top_k, len(kept))
         if remapped and not self.can_remap:
             raise EngineError(
@@ -160,6 +195,43 @@ class LayerTables:
             self.allow[slot, ids] = True
             self.row_of[slot, ids] = torch.tensor(list(rows), device=ids.device)
         self._set_facts(slot, top_k, mapped=self.has_base_map, remapped=remapped)
+
+    def set_constant(
+        self, slot: int, kept: Sequence[int], top_k: int, vectors: Mapping[int, torch.Tensor]
+    ) -> None:
+        """All experts by their own scores; some answer with a constant.
+
+        Args:
+            slot: not the base's.
+            kept: ids of the experts that compute.
+            top_k: active experts per token, constant ones included.
+            vectors: [hidden] for each other expert.
+
+        Raises:
+            EngineError: too few free vectors in the pool, or vectors of another size.
+        """
+        self._refuse_base(slot)
+        self.clear(slot)
+        taken = {i for places in self._constants.values() for i in places}
+        free = [i for i in range(len(self.constants)) if i not in taken]
+        if len(free) < len(vectors):
+            raise EngineError(
+                f"slot {slot}: found {len(free)} free constant vectors, expected {len(vectors)} "
+                f"(--spare-rows)"
+            )
+        places = dict(zip(vectors, free, strict=False))
+        rows = [self.rows + places[i] if i in places else i for i in range(self.experts)]
+        self._set_kept(slot, range(self.experts), top_k, rows, end=self.rows + len(self.constants))
+        self._constants[slot] = list(places.values())
+        for expert, place in places.items():
+            if vectors[expert].shape != self.constants[place].shape:
+                raise EngineError(
+                    f"slot {slot}: expert {expert}'s constant is {tuple(vectors[expert].shape)}, "
+                    f"expected {tuple(self.constants[place].shape)}"
+                )
+            self.constants[place] = vectors[expert].to(self.constants)
+        self.stand_in[slot] = kept[0]
+        self.constant[slot] = True
 
     def set_mapped(
         self, slot: int, router_map: torch.Tensor, rows: Sequence[int], top_k: int
@@ -206,6 +278,9 @@ class LayerTables:
         if not 0 <= slot < self.slots:
             raise EngineError(f"slot {slot}: expected 0 to {self.slots - 1}")
         self._map_rows.pop(slot, None)
+        for place in self._constants.pop(slot, ()):
+            self.constants[place] = 0
+        self.constant[slot] = False
         self.allow[slot] = False
         self.map_allow[slot] = False
         self.row_of[slot] = torch.arange(self.experts, device=self.row_of.device)
@@ -215,7 +290,8 @@ class LayerTables:
         """Rows that tokens of the slot may be sent to, from the tensors that send them there."""
         own = self.row_of[slot][self.allow[slot]]
         mapped = self.map_row[self.map_allow[slot]]
-        return frozenset(own.tolist()) | frozenset(mapped.tolist())
+        rows = frozenset(own[own < self.rows].tolist()) | frozenset(mapped.tolist())
+        return rows | {int(self.stand_in[slot])} if self.constant[slot] else rows
 
     def _set_facts(self, slot: int, top_k: int, *, mapped: bool, remapped: bool) -> None:
         self.top_k[slot] = top_k

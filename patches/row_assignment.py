@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from liveprune.patches.neuron_merge import NeuronMerge
 from liveprune.pruning.errors import EngineError
+from liveprune.pruning.neuron_sources import only_source
 from liveprune.pruning.plan import LayerPlan, Matrix
 
 
@@ -21,6 +23,8 @@ class Assignment:
     """The spare rows among them."""
     coefficients: Matrix | None
     """[merged, experts] float32: what each spare row is the sum of."""
+    neurons: NeuronMerge | None = None
+    """What the spare rows are gathered from, where the plan has a neuron map."""
 
     @property
     def needed(self) -> frozenset[int]:
@@ -42,9 +46,12 @@ def assign_rows(plan: LayerPlan | None, experts: int, free: Sequence[int]) -> As
     """
     if plan is None:
         return Assignment(tuple(range(experts)), (), None)
-    if plan.merge is None:
+    if plan.neuron_map is not None:
+        sources = [only_source(plan, j) for j in range(plan.kept_experts)]
+    elif plan.merge is not None:
+        sources = [_only_source(row) for row in plan.merge]
+    else:
         return Assignment(plan.kept, (), None)
-    sources = [_only_source(row) for row in plan.merge]
     mixed = [j for j, source in enumerate(sources) if source is None]
     if len(mixed) > len(free):
         raise EngineError(
@@ -53,7 +60,11 @@ def assign_rows(plan: LayerPlan | None, experts: int, free: Sequence[int]) -> As
         )
     taken = dict(zip(mixed, free, strict=False))
     rows = tuple(taken[j] if source is None else source for j, source in enumerate(sources))
-    return Assignment(rows, tuple(taken.values()), plan.merge[mixed] if mixed else None)
+    spare = tuple(taken.values())
+    if plan.merge is None:
+        gathered = NeuronMerge(plan, spare, tuple(mixed)) if mixed else None
+        return Assignment(rows, spare, None, gathered)
+    return Assignment(rows, spare, plan.merge[mixed] if mixed else None)
 
 
 def _only_source(row: np.ndarray[tuple[int], np.dtype[np.float32]]) -> int | None:

@@ -23,6 +23,7 @@ from liveprune.patches.expert_packing import Packing
 from liveprune.patches.expert_reader import ExpertReader
 from liveprune.patches.fill_task import FillTask
 from liveprune.patches.layer_fill import LayerFill
+from liveprune.patches.neuron_merge import NeuronMerge
 from liveprune.patches.row_checks import RowChecks
 from liveprune.pruning.errors import EngineError
 from liveprune.pruning.plan import Matrix
@@ -110,6 +111,7 @@ class RowFiller:
         jobs: Iterable[RowJob],
         merges: Iterable[MergeJob] = (),
         needed: Iterable[tuple[int, int]] = (),
+        gathers: Iterable[NeuronMerge] = (),
     ) -> FillTask:
         """Start a task, to run after those started before; returns at once.
 
@@ -118,12 +120,13 @@ class RowFiller:
             merges: rows to compute. Sources without memory get it while that takes.
             needed: further (layer, row) that must be right: a base expert's is filled if it has
                 no memory; a spare one must have been written by an earlier task.
+            gathers: rows to compute neuron by neuron, from the checkpoint.
 
         Raises:
             EngineError: a job names a layer, row or expert that is not there, or a row twice; or
                 the system has no thread to give.
         """
-        task = FillTask(self, self._layers(list(jobs), list(merges), list(needed)))
+        task = FillTask(self, self._layers([*jobs], [*merges], [*needed], [*gathers]))
         with self._turns:
             self._queue.append(task)
             try:
@@ -156,10 +159,14 @@ class RowFiller:
             self._turns.notify_all()
 
     def _layers(
-        self, jobs: list[RowJob], merges: list[MergeJob], needed: list[tuple[int, int]]
+        self,
+        jobs: list[RowJob],
+        merges: list[MergeJob],
+        needed: list[tuple[int, int]],
+        gathers: list[NeuronMerge],
     ) -> list[LayerFill]:
         layers = {job.layer for job in jobs} | {merge.layer for merge in merges}
-        layers |= {layer for layer, _ in needed}
+        layers |= {layer for layer, _ in needed} | {gather.plan.layer for gather in gathers}
         if layers - self.rows.keys():
             raise EngineError(
                 f"fill: found layers {sorted(layers)}, expected some of {sorted(self.rows)}"
@@ -169,16 +176,24 @@ class RowFiller:
                 layer,
                 [job for job in jobs if job.layer == layer],
                 [merge for merge in merges if merge.layer == layer],
+                [gather for gather in gathers if gather.plan.layer == layer],
                 frozenset(row for where, row in needed if where == layer),
             )
             for layer in sorted(layers)
         ]
 
     def _layer(
-        self, layer: int, jobs: list[RowJob], merges: list[MergeJob], needed: frozenset[int]
+        self,
+        layer: int,
+        jobs: list[RowJob],
+        merges: list[MergeJob],
+        gathers: list[NeuronMerge],
+        needed: frozenset[int],
     ) -> LayerFill:
         count, experts = len(self.rows[layer].w13), self.reader.experts(layer)
-        written = [job.row for job in jobs] + [row for merge in merges for row in merge.rows]
+        computed = [row for merge in merges for row in merge.rows]
+        computed += [row for gather in gathers for row in gather.rows]
+        written = [job.row for job in jobs] + computed
         beyond = sorted(row for row in {*written, *needed} if not 0 <= row < count)
         if beyond:
             raise EngineError(f"layer {layer}: found rows {beyond}, expected 0 to {count - 1}")
@@ -189,11 +204,17 @@ class RowFiller:
             _check_job(job, experts)
         for merge in merges:
             _check_merge(merge, experts)
+        base = [row for row in computed if row < experts]
+        if base:
+            raise EngineError(
+                f"layer {layer}: found merges into rows {base}, expected spare rows, {experts} "
+                f"and above"
+            )
         # A base expert's row holds that expert and no other, so it can be filled unasked.
         fills = {row: row for row in needed if row < experts} | {
             job.row: job.expert for job in jobs
         }
-        return LayerFill(self, layer, fills, merges, needed)
+        return LayerFill(self, layer, fills, merges, gathers, needed)
 
 
 def _check_layout(layer: int, rows: Rows, packing: Packing, reader: ExpertReader) -> None:
@@ -220,10 +241,4 @@ def _check_merge(merge: MergeJob, experts: int) -> None:
         raise EngineError(
             f"layer {merge.layer}: found {merge.coefficients.dtype} coefficients "
             f"{merge.coefficients.shape}, expected float32 {expected}"
-        )
-    base = [row for row in merge.rows if row < experts]
-    if base:
-        raise EngineError(
-            f"layer {merge.layer}: found merges into rows {base}, expected spare rows, {experts} "
-            f"and above"
         )

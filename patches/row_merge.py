@@ -41,12 +41,17 @@ def merge_rows(
         for line, source in zip(chunk, sources, strict=True):
             line.copy_(source[part])
         mixed = weights @ chunk
-        _check_range(mixed, dtype)
+        check_range(mixed, dtype)
         for target, line in zip(targets, mixed, strict=True):
             target[part].copy_(line)
 
 
-def _check_range(mixed: torch.Tensor, dtype: torch.dtype) -> None:
+def check_range(mixed: torch.Tensor, dtype: torch.dtype) -> None:
+    """Refuse sums that are not finite in ``dtype``.
+
+    Raises:
+        PlanError: naming the range found and the limit.
+    """
     # NaN spreads to the minimum and the maximum, and compares as false.
     low, high = (float(x) for x in mixed.aminmax())
     limit = torch.finfo(dtype).max
