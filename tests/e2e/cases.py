@@ -74,6 +74,11 @@ _COUNTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "merged": ((5, 7, 1), (2, 1, 1)),
     # The middle one is square: all experts stay, scores are mapped all the same.
     "router_map": ((4, 8, 2), (2, 1, 2)),
+    # All gate rows stay, so top-k may be more than the experts.
+    "tied": ((4, 7, 1), (2, 1, 2)),
+    "constant": ((4, 7, 1), (2, 1, 2)),
+    "gathered": ((5, 7, 1), (2, 2, 1)),
+    "gathered_tied": ((3, 2, 5), (2, 2, 1)),
 }
 """Plan -> experts and top-k of the three layers."""
 _OWN_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
@@ -85,11 +90,17 @@ _OWN_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
         "uniform": ((8, 8, 8), (3, 3, 3)),
         "counts": ((8, 12, 4), (3, 3, 2)),
         "top_k": ((16, 16, 16), (3, 1, 2)),
+        "tied": ((7, 2, 9), (3, 3, 2)),
+        "constant": ((7, 2, 9), (3, 3, 2)),
+        "gathered": ((8, 8, 12), (3, 2, 3)),
     },
     "deepseek_v3": {
         "uniform": ((8, 8, 8), (3, 3, 3)),
         "counts": ((8, 12, 16), (3, 2, 3)),
         "top_k": ((16, 16, 16), (3, 1, 2)),
+        "tied": ((7, 2, 9), (3, 3, 2)),
+        "constant": ((7, 2, 9), (3, 3, 2)),
+        "gathered": ((8, 8, 12), (3, 2, 3)),
     },
 }
 
@@ -114,6 +125,17 @@ def make_plan(name: str, model: str, base: Path) -> Plan:
             fields = {"merge": one_hot, "router_map": one_hot}
         elif name == "merged":
             fields = {"kept": kept, "merge": one_hot + random.normal(0, 0.1, one_hot.shape)}
+        elif name == "tied":
+            merge = random.normal(0, 0.5, one_hot.shape) + one_hot
+            fields = {"merge": merge, "expert_map": _tied(random, total, count)}
+        elif name == "constant":
+            vectors = random.normal(0, 0.3, (total - count, spec.hidden_size))
+            fields = {"kept": _kept(random, total, count, 1), "constants": vectors}
+        elif name.startswith("gathered"):
+            fields = {"kept": kept}
+            if name == "gathered_tied":
+                fields = {"expert_map": _tied(random, total, count)}
+            fields |= _neurons(random, total, kept, spec.expert_size)
         elif name == "router_map":
             fields = {
                 "merge": one_hot + random.normal(0, 0.1, one_hot.shape),
@@ -137,6 +159,23 @@ def _kept(random: np.random.Generator, total: int, count: int, groups: int) -> t
         for i in random.choice(size, share, replace=False)
     ]
     return tuple(sorted(chosen))
+
+
+def _tied(random: np.random.Generator, total: int, count: int) -> tuple[int, ...]:
+    """A new expert for each old one, each new one at least once."""
+    some = [*range(count), *random.integers(0, count, total - count).tolist()]
+    return tuple(random.permutation(some).tolist())
+
+
+def _neurons(
+    random: np.random.Generator, total: int, kept: tuple[int, ...], ffn: int
+) -> dict[str, Any]:
+    """Kept experts' neurons in another order, and two thirds of the others' on top of them."""
+    places = random.integers(0, len(kept) * ffn, (total, ffn))
+    neuron_map = np.where(random.random((total, ffn)) < 1 / 3, -1, places)
+    for j, expert in enumerate(kept):
+        neuron_map[expert] = j * ffn + random.permutation(ffn)
+    return {"neuron_map": neuron_map, "neuron_shares": random.uniform(0.5, 2, total)}
 
 
 def prompts() -> list[list[int]]:

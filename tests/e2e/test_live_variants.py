@@ -38,7 +38,7 @@ def job(
             if not path.exists():
                 save_plan(cases.make_plan(plan, model, base), path)
             plans[plan] = str(path)
-        compact = [plan for plan in ("counts", "router_map") if plan in plans]
+        compact = [plan for plan in ("counts", "router_map", "constant") if plan in plans]
         defaults = {
             "name": name,
             "model": str(base),
@@ -46,7 +46,7 @@ def job(
             "prompts": cases.prompts(),
             "tokens": cases.TOKENS,
             "compiled": False,
-            "spare": 30 if "merged" in plans else 0,
+            "spare": 40 if "tied" in plans else 0,
             "compact": compact,
         }
         return {**defaults, **fields}

@@ -83,7 +83,7 @@ def scored(
         job = {
             "model": str(base_model(model)),
             "plans": plans(model),
-            "spare": 0 if model == "deepseek_v3" else 24,
+            "spare": 40,
         }
         jobs.append({**job, "name": model, "rows": ROWS["unlike"], "tokens": TOKENS})
     mixtral = next(job for job in jobs if job["name"] == "mixtral")
