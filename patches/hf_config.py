@@ -16,9 +16,10 @@ from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import BLOCK_KEY, LIST_KEYS, ModelSpec
 
 LAYERS_ATTRIBUTE = "liveprune_layers"
-"""``{str(layer): [experts, top_k, map width]}``; JSON-like, so part of vLLM's config hash.
+"""``{str(layer): [experts, top_k, gate rows, mapping]}``; JSON-like, so part of vLLM's config hash.
 
-The map width is the router map's [experts, map width], which may be square; 0 says there is none.
+The mapping (``MoELayer.mapping``) says what stands between the gate's rows and the experts, which
+may be as many; an empty text says nothing does.
 """
 
 GET_CONFIG = Seam(
@@ -64,10 +65,7 @@ def adapt_config(config: Any) -> None:
     setattr(config, architecture.count_key, max(x.experts for x in spec.layers))
     setattr(config, architecture.top_k_key, max(x.top_k for x in spec.layers))
     if not spec.is_uniform:
-        table = {
-            str(x.index): [x.experts, x.top_k, x.router_width if x.has_router_map else 0]
-            for x in spec.layers
-        }
+        table = {str(x.index): [x.experts, x.top_k, x.router_width, x.mapping] for x in spec.layers}
         setattr(config, LAYERS_ATTRIBUTE, table)
 
 

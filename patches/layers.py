@@ -1,14 +1,14 @@
 """Build each MoE layer with its own expert count, top-k and router width.
 
 While one decoder layer is built, the config shows that layer's counts, the gate gets as many rows
-as its router needs, and a layer with a router map gets the router that applies it.
+as its router needs, and a layer with a mapping gets the router that applies it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,9 +77,14 @@ class _Building:
     """The layer that is being built."""
 
     experts: int
-    map_width: int
-    """Gate rows under the layer's router map; 0 without one."""
-    router_map: torch.nn.Parameter | None = None
+    gate_rows: int
+    mapping: str
+    """What stands between the gate's rows and the experts, see ``MoELayer``."""
+    hidden: int
+    parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    """Of the mapping, by name of ``Architecture``'s fields."""
+    router: Any = None
+    """The one that applies the mapping."""
 
 
 _building: _Building | None = None
@@ -107,10 +112,12 @@ def wrap_make_layers(original: Callable[..., Any]) -> Callable[..., Any]:
                 return layer_fn(prefix=prefix)
             with _layer_counts(config, architecture, *counts) as building:
                 layer = layer_fn(prefix=prefix)
-            if building.router_map is not None:
-                # Beside the gate, where the checkpoint has it, so that vLLM's loader finds it.
-                block = getattr(layer, architecture.block)
-                block.register_parameter(architecture.router_map, building.router_map)
+            # Beside the gate, where the checkpoint has them, so that vLLM's loader finds them.
+            block = getattr(layer, architecture.block)
+            for name, parameter in building.parameters.items():
+                block.register_parameter(getattr(architecture, name), parameter)
+            if "constants" in building.parameters:
+                _add_constants(block, building.router)
             return layer
 
         return original(num_hidden_layers, build, prefix)
@@ -119,18 +126,18 @@ def wrap_make_layers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_gate_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the gate of a layer with a router map one row per original expert."""
+    """Give the gate of a layer with a mapping one row per original expert."""
 
     def gate_init(self: Any, input_size: int, output_size: int, *args: Any, **kwargs: Any) -> None:
-        if _building is not None and _building.map_width and output_size == _building.experts:
-            output_size = _building.map_width
+        if _building is not None and _building.mapping and output_size == _building.experts:
+            output_size = _building.gate_rows
         original(self, input_size, output_size, *args, **kwargs)
 
     return gate_init
 
 
 def wrap_create_router(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the router of a layer with a router map, and put live variants before every router."""
+    """Make the router of a layer with a mapping, and put live variants before every router."""
 
     def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
         from vllm.config import get_current_vllm_config
@@ -147,14 +154,15 @@ def wrap_create_router(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _create_router(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _building is None or not _building.map_width:
+    if _building is None or not _building.mapping:
         return original(*args, **kwargs)
+    if _building.mapping != "router_map":
+        return _mapped_router(original, _building, *args, **kwargs)
     from liveprune.patches.router_map import RouterMapRouter
 
     # Zeros and not empty memory: a map that is never loaded must not look like one.
-    shape = (_building.experts, _building.map_width)
-    router_map = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
-    _building.router_map = router_map
+    router_map = _parameter(torch.zeros(_building.experts, _building.gate_rows))
+    _building.parameters["router_map"] = router_map
     return RouterMapRouter(
         top_k=kwargs["top_k"],
         global_num_experts=kwargs["global_num_experts"],
@@ -164,14 +172,55 @@ def _create_router(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     )
 
 
+def _mapped_router(
+    original: Callable[..., Any], building: _Building, *args: Any, **kwargs: Any
+) -> Any:
+    """Make the router that vLLM would for all gate rows, and put the map of experts behind it."""
+    from liveprune.patches.mapped_router import MappedRouter
+
+    bias = kwargs.get("e_score_correction_bias")
+    if bias is not None:
+        # The model made it for the new experts; it is the gate's, and the loader fills it in place.
+        bias.data = bias.data.new_zeros(building.gate_rows)
+    wide = {"global_num_experts": building.gate_rows, "num_logical_experts": building.gate_rows}
+    own = original(*args, **{**kwargs, **wide})
+    made = {"expert_map": torch.zeros(building.gate_rows, dtype=torch.int32)}
+    if building.mapping == "constants":
+        shape = (building.gate_rows - building.experts, building.hidden)
+        # Not zeros: constants that are never loaded must not look like some.
+        made["constants"] = torch.full(shape, torch.nan, dtype=torch.float32)
+    building.parameters = {name: _parameter(value) for name, value in made.items()}
+    building.router = MappedRouter(
+        own,
+        expert_map=building.parameters["expert_map"],
+        vectors=building.parameters.get("constants"),
+    )
+    return building.router
+
+
+def _parameter(value: torch.Tensor) -> torch.nn.Parameter:
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    return torch.nn.Parameter(value.to(dtype), requires_grad=False)
+
+
+def _add_constants(block: Any, router: Any) -> None:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from liveprune.patches.constant_experts import add_constants
+
+    for module in block.modules():
+        if isinstance(module, MoERunner):
+            add_constants(module.routed_experts, router)
+
+
 @contextmanager
 def _layer_counts(
-    config: Any, architecture: Architecture, experts: int, top_k: int, map_width: int
+    config: Any, architecture: Architecture, experts: int, top_k: int, gate_rows: int, mapping: str
 ) -> Iterator[_Building]:
     global _building  # noqa: PLW0603 - vLLM builds one model at a time in a process
     values = {architecture.count_key: experts, architecture.top_k_key: top_k}
     saved = {key: getattr(config, key) for key in values}
-    _building = _Building(experts, map_width)
+    _building = _Building(experts, gate_rows, mapping, config.hidden_size)
     try:
         for key, value in values.items():
             setattr(config, key, value)
@@ -182,7 +231,7 @@ def _layer_counts(
             setattr(config, key, value)
 
 
-def _check_parallel(vllm_config: Any, table: dict[str, list[int]]) -> None:
+def _check_parallel(vllm_config: Any, table: dict[str, list[Any]]) -> None:
     parallel = vllm_config.parallel_config
     if parallel.enable_eplb:
         raise IncompatibleEnvironmentError(
@@ -191,7 +240,7 @@ def _check_parallel(vllm_config: Any, table: dict[str, list[int]]) -> None:
         )
     if parallel.enable_expert_parallel:
         ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-        for layer, (experts, _, _) in table.items():
+        for layer, (experts, *_) in table.items():
             if experts % ranks:
                 raise IncompatibleEnvironmentError(
                     f"layer {layer}: {experts} experts, expected a multiple of the {ranks} "

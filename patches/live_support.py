@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from liveprune.patches.compat import Seam
+from liveprune.patches.hf_config import LAYERS_ATTRIBUTE
 from liveprune.patches.live_config import CONFIG_KEY, OFF_KEY, live_config
 from liveprune.pruning.architectures import ARCHITECTURES
 from liveprune.pruning.errors import IncompatibleEnvironmentError
@@ -70,8 +71,17 @@ def unsupported(vllm_config: Any) -> str | None:
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--enable-sleep-mode": model.enable_sleep_mode,
         "--runner pooling": model.runner_type != "generate",
+        "a checkpoint that maps its gate's rows onto fewer experts": _maps_experts(
+            model.hf_text_config
+        ),
     }
     return next((name for name, is_there in found.items() if is_there), None)
+
+
+def _maps_experts(config: Any) -> bool:
+    """Other than by a router map, under which variants have their own path."""
+    layers = getattr(config, LAYERS_ATTRIBUTE, None) or {}
+    return any(mapping not in ("", "router_map") for *_, mapping in layers.values())
 
 
 def _force_modular_kernel(vllm_config: Any) -> None:

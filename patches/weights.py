@@ -15,6 +15,8 @@ from liveprune.patches.hf_config import LAYERS_ATTRIBUTE
 from liveprune.pruning.checkpoint.verify import check_finite, verify_checkpoint
 from liveprune.pruning.model_spec import BLOCK_KEY
 
+MAPPINGS = (".router_map", ".constants")
+"""Ends of the names of Liveprune's own tensors that hold numbers."""
 GET_ALL_WEIGHTS = Seam(
     "vllm.model_executor.model_loader.default_loader",
     "DefaultModelLoader.get_all_weights",
@@ -45,6 +47,6 @@ def wrap_get_all_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _checked(weights: Iterator[Any]) -> Iterator[Any]:
     for name, tensor in weights:
-        if ".experts." in name or ".gate." in name or name.endswith(".router_map"):
+        if ".experts." in name or ".gate." in name or name.endswith(MAPPINGS):
             check_finite(name, tensor)
         yield name, tensor

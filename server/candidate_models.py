@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from liveprune.pruning.errors import LiveprunError, PlanError
 from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
-from liveprune.pruning.plan import LayerPlan, Lineage, Matrix, Plan
+from liveprune.pruning.plan import LayerPlan, Lineage, Matrix, NeuronMap, Plan
 from liveprune.pruning.plan_io import FORMAT, VERSION
 from liveprune.server.admin_models import Body
 
@@ -52,6 +52,27 @@ class MatrixBody(Body):
             raise PlanError(f"matrix of {self.shape}: {error}") from error
 
 
+class WholeNumbersBody(Body):
+    """A matrix of int32, exactly."""
+
+    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    int32: str
+    """Base64 of the rows one after another, little-endian."""
+
+    @classmethod
+    def of(cls, matrix: NeuronMap) -> WholeNumbersBody:
+        data = np.ascontiguousarray(matrix, "<i4").tobytes()
+        return cls(shape=matrix.shape, int32=base64.b64encode(data).decode("ascii"))
+
+    def matrix(self) -> NeuronMap:
+        """Raises PlanError where the bytes are not those of such a matrix."""
+        try:
+            values = np.frombuffer(base64.b64decode(self.int32, validate=True), "<i4")
+            return values.reshape(self.shape).astype(np.int32)
+        except ValueError as error:
+            raise PlanError(f"matrix of {self.shape}: {error}") from error
+
+
 class LayerBody(Body):
     """One layer of a plan."""
 
@@ -61,6 +82,10 @@ class LayerBody(Body):
     kept: list[int] = Field(default_factory=list)
     merge: MatrixBody | list[list[float]] | None = None
     router_map: MatrixBody | list[list[float]] | None = None
+    expert_map: list[int] = Field(default_factory=list)
+    constants: MatrixBody | list[list[float]] | None = None
+    neuron_map: WholeNumbersBody | None = None
+    neuron_shares: list[float] | None = None
 
     @classmethod
     def of(cls, layer: LayerPlan) -> LayerBody:
@@ -71,6 +96,13 @@ class LayerBody(Body):
             kept=list(layer.kept),
             merge=None if layer.merge is None else MatrixBody.of(layer.merge),
             router_map=None if layer.router_map is None else MatrixBody.of(layer.router_map),
+            expert_map=list(layer.expert_map),
+            constants=None if layer.constants is None else MatrixBody.of(layer.constants),
+            neuron_map=(
+                None if layer.neuron_map is None else WholeNumbersBody.of(layer.neuron_map)
+            ),
+            # A float32 survives JSON's float64.
+            neuron_shares=None if layer.neuron_shares is None else layer.neuron_shares.tolist(),
         )
 
     def plan(self) -> LayerPlan:
@@ -82,6 +114,12 @@ class LayerBody(Body):
             kept=tuple(self.kept),
             merge=_matrix(self.merge),
             router_map=_matrix(self.router_map),
+            expert_map=tuple(self.expert_map),
+            constants=_matrix(self.constants),
+            neuron_map=None if self.neuron_map is None else self.neuron_map.matrix(),
+            neuron_shares=(
+                None if self.neuron_shares is None else np.array(self.neuron_shares, np.float32)
+            ),
         )
 
 

@@ -119,7 +119,8 @@ def make_plan(name: str, model: str, base: Path) -> Plan:
     for base_layer, count, top_k in zip(spec.layers, counts, top_ks, strict=True):
         fields: dict[str, Any] = {}
         total = base_layer.experts
-        kept = _kept(random, total, count, spec.router.groups)
+        whole_gate = name in ("tied", "constant", "gathered_tied")
+        kept = _kept(random, total, count, 1 if whole_gate else spec.router.groups)
         one_hot = np.eye(total)[list(kept)]
         if name == "identity":
             fields = {"merge": one_hot, "router_map": one_hot}
@@ -130,7 +131,7 @@ def make_plan(name: str, model: str, base: Path) -> Plan:
             fields = {"merge": merge, "expert_map": _tied(random, total, count)}
         elif name == "constant":
             vectors = random.normal(0, 0.3, (total - count, spec.hidden_size))
-            fields = {"kept": _kept(random, total, count, 1), "constants": vectors}
+            fields = {"kept": kept, "constants": vectors}
         elif name.startswith("gathered"):
             fields = {"kept": kept}
             if name == "gathered_tied":

@@ -18,6 +18,7 @@ from liveprune.pruning.errors import (
     IncompatibleEnvironmentError,
     PlanError,
 )
+from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from liveprune.pruning.plan_io import plan_to_json, save_plan
 from liveprune.server import candidate_models
 from liveprune.server.body_limit import MAX_BODY
@@ -212,3 +213,19 @@ def test_matrices_keep_every_bit() -> None:
         candidate_models.MatrixBody.of(values).matrix().view("u4"), values.view("u4")
     )
     assert PlanBody.of(plan).plan().digest == plan.digest
+
+
+def test_plans_of_every_form_pass_unchanged() -> None:
+    half = np.full((2, 4), 0.5, np.float32)
+    neurons = np.array([[0, 1], [2, -1], [3, 0], [-1, 2]])
+    layers = (
+        LayerPlan(0, 4, 2, merge=half, expert_map=(0, 1, 1, 0)),
+        LayerPlan(1, 4, 3, kept=(2,), constants=np.linspace(-1, 1, 9).reshape(3, 3)),
+        LayerPlan(2, 4, 1, kept=(0, 1), neuron_map=neurons, neuron_shares=[0.1, 1, 2, 3]),
+    )
+    plan = Plan("mixtral", 3, layers, Lineage("test"))
+    assert PlanBody.model_validate(PlanBody.of(plan).model_dump(mode="json")).plan() == plan
+    body = PlanBody.of(plan).model_dump(mode="json")
+    body["layers"][2]["neuron_map"]["int32"] = "AAAA"
+    with pytest.raises(PlanError, match=r"matrix of \(4, 2\)"):
+        PlanBody.model_validate(body).plan()
