@@ -19,7 +19,7 @@ LAYERS_ATTRIBUTE = "liveprune_layers"
 """``{str(layer): [experts, top_k, gate rows, mapping]}``; JSON-like, so part of vLLM's config hash.
 
 The mapping (``MoELayer.mapping``) says what stands between the gate's rows and the experts, which
-may be as many; an empty text says nothing does.
+may be as many. Without one the text is empty and the rows are given as 0.
 """
 
 GET_CONFIG = Seam(
@@ -65,7 +65,10 @@ def adapt_config(config: Any) -> None:
     setattr(config, architecture.count_key, max(x.experts for x in spec.layers))
     setattr(config, architecture.top_k_key, max(x.top_k for x in spec.layers))
     if not spec.is_uniform:
-        table = {str(x.index): [x.experts, x.top_k, x.router_width, x.mapping] for x in spec.layers}
+        table = {
+            str(x.index): [x.experts, x.top_k, x.router_width if x.mapping else 0, x.mapping]
+            for x in spec.layers
+        }
         setattr(config, LAYERS_ATTRIBUTE, table)
 
 

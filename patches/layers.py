@@ -113,11 +113,11 @@ def wrap_make_layers(original: Callable[..., Any]) -> Callable[..., Any]:
             with _layer_counts(config, architecture, *counts) as building:
                 layer = layer_fn(prefix=prefix)
             # Beside the gate, where the checkpoint has them, so that vLLM's loader finds them.
-            block = getattr(layer, architecture.block)
             for name, parameter in building.parameters.items():
+                block = getattr(layer, architecture.block)
                 block.register_parameter(getattr(architecture, name), parameter)
             if "constants" in building.parameters:
-                _add_constants(block, building.router)
+                _add_constants(layer, building.router)
             return layer
 
         return original(num_hidden_layers, build, prefix)
@@ -203,12 +203,12 @@ def _parameter(value: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(value.to(dtype), requires_grad=False)
 
 
-def _add_constants(block: Any, router: Any) -> None:
+def _add_constants(layer: Any, router: Any) -> None:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     from liveprune.patches.constant_experts import add_constants
 
-    for module in block.modules():
+    for module in layer.modules():
         if isinstance(module, MoERunner):
             add_constants(module.routed_experts, router)
 

@@ -65,7 +65,7 @@ def describe(config: Any) -> dict[str, Any] | None:
         return None
     table = getattr(config, LAYERS_ATTRIBUTE, None)
     if table is not None:
-        counts = [(experts, top_k) for experts, top_k, _ in table.values()]
+        counts = [(experts, top_k) for experts, top_k, *_ in table.values()]
     else:
         counts = [(x.experts, x.top_k) for x in ModelSpec.from_config(raw).layers]
     block = raw.get(BLOCK_KEY) or {}

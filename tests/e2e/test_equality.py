@@ -116,6 +116,18 @@ def test_only_layers_with_a_router_map_get_another_router(eager: dict[str, Outco
 
 
 def test_layers_show_their_own_counts(eager: dict[str, Outcome]) -> None:
-    assert eager["mixtral/counts"].layers == {"0": [5, 2, 0], "1": [7, 2, 0], "2": [1, 1, 0]}
-    assert eager["mixtral/router_map"].layers == {"0": [4, 2, 8], "1": [8, 1, 8], "2": [2, 2, 8]}
-    assert eager["deepseek_v2/counts"].layers == {"1": [5, 2, 0], "2": [7, 2, 0], "3": [1, 1, 0]}
+    assert eager["mixtral/counts"].layers == {
+        "0": [5, 2, 0, ""],
+        "1": [7, 2, 0, ""],
+        "2": [1, 1, 0, ""],
+    }
+    assert eager["mixtral/router_map"].layers == {
+        "0": [4, 2, 8, "router_map"],
+        "1": [8, 1, 8, "router_map"],
+        "2": [2, 2, 8, "router_map"],
+    }
+    assert eager["deepseek_v2/counts"].layers == {
+        "1": [5, 2, 0, ""],
+        "2": [7, 2, 0, ""],
+        "3": [1, 1, 0, ""],
+    }

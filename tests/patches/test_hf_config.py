@@ -38,7 +38,7 @@ def test_canonical_and_alias_keys_give_the_same_table(family: str, read_config: 
         overrides = {"1": {key: 5, TOP_K: 1}, "2": {key: 1}, "3": {key: 7}}
         config = read_config(raw_config(family, per_layer_config=overrides))
         adapt_config(config)
-        expected = {"0": [8, 2, 0], "1": [5, 1, 0], "2": [1, 1, 0], "3": [7, 2, 0]}
+        expected = {"0": [8, 2, 0, ""], "1": [5, 1, 0, ""], "2": [1, 1, 0, ""], "3": [7, 2, 0, ""]}
         assert layers(config) == {str(i): expected[str(i)] for i in moe_layers(family)}
         assert config.to_dict().get("per_layer_config") is None
         # vLLM reads whichever name its model code uses.
@@ -103,7 +103,12 @@ def test_router_maps_are_told_by_the_block_also_square_ones(read_config: Read) -
         )
     )
     adapt_config(config)
-    assert layers(config) == {"0": [4, 2, 8], "1": [8, 2, 8], "2": [8, 2, 0], "3": [8, 2, 0]}
+    assert layers(config) == {
+        "0": [4, 2, 8, "router_map"],
+        "1": [8, 2, 8, "router_map"],
+        "2": [8, 2, 0, ""],
+        "3": [8, 2, 0, ""],
+    }
 
 
 def test_uniform_counts_with_a_router_map_need_the_table(read_config: Read) -> None:
@@ -111,7 +116,7 @@ def test_uniform_counts_with_a_router_map_need_the_table(read_config: Read) -> N
     raw = raw_config("mixtral", num_local_experts=4)
     config = read_config({**raw, "liveprune": {"version": 1, "router_width": widths}})
     adapt_config(config)
-    assert layers(config) == {str(i): [4, 2, 8] for i in range(4)}
+    assert layers(config) == {str(i): [4, 2, 8, "router_map"] for i in range(4)}
 
 
 def test_the_table_travels_to_other_processes(read_config: Read) -> None:

@@ -12,7 +12,7 @@ from liveprune.patches.layers import wrap_create_router, wrap_gate_init, wrap_ma
 from liveprune.patches.router_map import RouterMapRouter
 from liveprune.pruning.errors import IncompatibleEnvironmentError
 
-TABLE = {"1": [5, 2, 0], "2": [4, 1, 8], "3": [8, 2, 8]}
+TABLE = {"1": [5, 2, 0, ""], "2": [4, 1, 8, "router_map"], "3": [8, 2, 8, "router_map"]}
 """Layer 0 is dense; layer 3 has a square router map."""
 
 
@@ -167,7 +167,7 @@ def test_parallel_layouts_that_need_one_count_are_refused_before_building(
 def test_expert_parallel_ranks_that_divide_every_layer_are_fine(
     use: Callable[[SimpleNamespace], Any],
 ) -> None:
-    table = {"0": [4, 2, 0], "1": [6, 2, 0]}
+    table = {"0": [4, 2, 0, ""], "1": [6, 2, 0, ""]}
     config = use(engine(table, enable_expert_parallel=True, tensor_parallel_size=2))
     assert len(wrap_make_layers(original)(2, builder(config), "model.layers")) == 2
 
