@@ -17,6 +17,7 @@ from liveprune.pruning.methods.method import Method
 from liveprune.pruning.methods.moeits import MOEITS
 from liveprune.pruning.methods.mone import MONE
 from liveprune.pruning.methods.msan import MSAN
+from liveprune.pruning.methods.naee import NAEE
 from liveprune.pruning.methods.random_choice import RANDOM
 from liveprune.pruning.methods.reap import REAP
 from liveprune.pruning.methods.soft import SOFT
@@ -39,6 +40,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             REAP,
             EASY_EP,
             MONE,
+            NAEE,
             AIMER,
             MOEITS,
             WEIGHT_NORM,
