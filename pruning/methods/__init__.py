@@ -14,6 +14,7 @@ from liveprune.pruning.methods.frequency import FREQUENCY
 from liveprune.pruning.methods.gate_norm import GATE_NORM
 from liveprune.pruning.methods.man import MAN
 from liveprune.pruning.methods.method import Method
+from liveprune.pruning.methods.moe_i2 import MOE_I2
 from liveprune.pruning.methods.moeits import MOEITS
 from liveprune.pruning.methods.mone import MONE
 from liveprune.pruning.methods.msan import MSAN
@@ -41,6 +42,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             EASY_EP,
             MONE,
             NAEE,
+            MOE_I2,
             AIMER,
             MOEITS,
             WEIGHT_NORM,
