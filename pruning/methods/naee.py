@@ -30,7 +30,7 @@ STRATEGIES = ("auto", "enumerate", "greedy")
 OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "strategy": "auto",
-        "max_sets": 100_000,
+        "max_sets": 1000,
         "progressive": False,
         "batch_tokens": BATCH_TOKENS,
     }
