@@ -1,11 +1,15 @@
-"""What the observer pass costs beside a plain forward pass of the same rows.
+"""What each calibrated method costs beside a plain forward pass of the same rows.
 
-Makes a random model, then runs both in fresh processes, A B A B, and reports medians:
+Makes a random model, then runs all sides in fresh processes, A B C A B C, and reports medians:
 
     python -m benchmarks.calibrate --rows 64 --length 128 --output calibrate.json
+    python -m benchmarks.calibrate --methods reap,mone,naee --repeats 3
 
-``forward`` counts the decoder layers only; ``total`` has reading the weights in it. The peak is
-what the process's resident memory grew by. Run it with OMP_NUM_THREADS set.
+A method's side is ``make_plan`` for half of the experts, with a cold statistics cache; the methods
+that read the statistics of one pass cost the same. ``forward`` counts the decoder layers that the
+side ran one by one; ``total`` has all else in it, reading the weights for one. The peak is what
+the process's resident memory grew by. ``moe-i2`` runs the model once for each expert: leave it
+out, or make the rest small. Run it with OMP_NUM_THREADS set.
 """
 
 from __future__ import annotations
@@ -18,12 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SIDES = ("plain", "observer")
+PLAIN = "plain"
+ROWS = "rows.jsonl"
 COLUMNS = ("total_s", "total_cpu_s", "forward_s", "forward_cpu_s", "tokens_per_s", "peak_mib")
+VOCABULARY = 1024
 
 
 def main() -> None:
@@ -31,19 +37,25 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(_measure(arguments)))
         return
+    sides = (PLAIN, *_methods(arguments))
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         _make_model(model, arguments)
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        _make_rows(model / ROWS, arguments)
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(arguments.repeats):
-            for side in SIDES:
+            for side in sides:
                 runs[side].append(_child(side, model))
+                print(f"{side}: {runs[side][-1]['total_s']:.1f} s", file=sys.stderr)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     medians = {
         side: {key: statistics.median(run[key] for run in runs[side]) for key in COLUMNS}
-        for side in SIDES
+        for side in sides
     }
-    ratios = {key: medians["observer"][key] / medians["plain"][key] for key in COLUMNS}
+    ratios = {
+        side: {key: medians[side][key] / medians[PLAIN][key] for key in COLUMNS}
+        for side in sides[1:]
+    }
     _print(medians, ratios, size, arguments)
     if arguments.output:
         form = {
@@ -67,15 +79,26 @@ def _parse() -> argparse.Namespace:
         "top-k": 2,
         "rows": 64,
         "length": 128,
-        "batch-tokens": 4096,
         "repeats": 5,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--methods", help="names with commas between; all that calibrate on one file of rows"
+    )
     parser.add_argument("--implementation", help="plain side's experts, e.g. eager; stock default")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _methods(arguments: argparse.Namespace) -> Sequence[str]:
+    from liveprune.pruning.methods import METHODS, find_method
+
+    if arguments.methods:
+        return [find_method(name).name for name in arguments.methods.split(",")]
+    found = METHODS.values()
+    return [m.name for m in found if m.needs_calibration and m.from_corpora is None]
 
 
 def _make_model(folder: Path, arguments: argparse.Namespace) -> None:
@@ -84,7 +107,7 @@ def _make_model(folder: Path, arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=1024,
+        vocab_size=VOCABULARY,
         hidden_size=arguments.hidden,
         num_hidden_layers=arguments.layers,
         num_attention_heads=8,
@@ -99,26 +122,44 @@ def _make_model(folder: Path, arguments: argparse.Namespace) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
 
+def _make_rows(path: Path, arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(arguments.length // 2, arguments.length + 1, arguments.rows)
+    rows = ({"input_ids": generator.integers(0, VOCABULARY, n).tolist()} for n in lengths)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 def _child(side: str, model: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.calibrate", *sys.argv[1:]]
     command += ["--child", side, "--model", str(model)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{side} failed:\n{done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, float]:
-    import numpy as np
     import torch
-    from transformers import AutoModel, Qwen3MoeModel  # noqa: F401 - loaded before the clock starts
+    from transformers import (  # noqa: F401 - loaded before the clock starts
+        AutoModel,
+        AutoModelForCausalLM,
+        Qwen3MoeForCausalLM,
+    )
 
     from liveprune.pruning.calibration import observer  # noqa: F401
-    from liveprune.pruning.calibration.rows import Rows
+    from liveprune.pruning.calibration.rows import load_rows
 
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(arguments.length // 2, arguments.length + 1, arguments.rows)
-    rows = Rows(tuple(generator.integers(0, 1024, n) for n in lengths))
-    run = _observer if arguments.child == "observer" else _plain
+    rows = load_rows(
+        arguments.model / ROWS,
+        arguments.model,
+        vocab_size=VOCABULARY,
+        max_rows=arguments.rows,
+        max_tokens=arguments.length,
+    )
+    run = _plain if arguments.child == PLAIN else _method
     torch.ones(8, 8) @ torch.ones(8, 8)
     before = _resident("VmRSS")
     clock = Clock()
@@ -161,12 +202,20 @@ class Clock:
         return call
 
 
-def _observer(arguments: argparse.Namespace, rows: Any, forward: Clock) -> None:
-    from liveprune.pruning.calibration.observer import observe
+def _method(arguments: argparse.Namespace, rows: Any, forward: Clock) -> None:
     from liveprune.pruning.calibration.streamed import StreamedModel
+    from liveprune.pruning.prune import make_plan
 
+    del rows
     StreamedModel.run = forward.timed(StreamedModel.run)  # type: ignore[method-assign]
-    observe(arguments.model, rows, batch_tokens=arguments.batch_tokens)
+    make_plan(
+        arguments.model,
+        method=arguments.child,
+        experts=0.5,
+        calibration=arguments.model / ROWS,
+        max_rows=arguments.rows,
+        max_tokens=arguments.length,
+    )
 
 
 def _plain(arguments: argparse.Namespace, rows: Any, forward: Clock) -> None:
@@ -179,7 +228,7 @@ def _plain(arguments: argparse.Namespace, rows: Any, forward: Clock) -> None:
     stock = AutoModel.from_pretrained(arguments.model, **options).eval()
     run = forward.timed(stock)
     with torch.inference_mode():
-        for batch in rows.batches(arguments.batch_tokens):
+        for batch in rows.batches():
             run(
                 input_ids=torch.from_numpy(batch.input_ids),
                 attention_mask=torch.from_numpy(batch.attention_mask),
@@ -196,8 +245,8 @@ def _resident(key: str) -> float:
 
 
 def _print(
-    medians: dict[str, dict[str, float]],
-    ratios: dict[str, float],
+    medians: Mapping[str, Mapping[str, float]],
+    ratios: Mapping[str, Mapping[str, float]],
     size: int,
     arguments: argparse.Namespace,
 ) -> None:
@@ -213,7 +262,8 @@ def _print(
         table.add_column(key, justify="right")
     for side, values in medians.items():
         table.add_row(side, *(f"{values[key]:.2f}" for key in COLUMNS))
-    table.add_row("observer / plain", *(f"{ratios[key]:.2f}" for key in COLUMNS))
+    for side, values in ratios.items():
+        table.add_row(f"{side} / {PLAIN}", *(f"{values[key]:.2f}" for key in COLUMNS))
     Console(width=110).print(table)
 
 

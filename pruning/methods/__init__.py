@@ -14,9 +14,11 @@ from liveprune.pruning.methods.frequency import FREQUENCY
 from liveprune.pruning.methods.gate_norm import GATE_NORM
 from liveprune.pruning.methods.man import MAN
 from liveprune.pruning.methods.method import Method
+from liveprune.pruning.methods.moe_i2 import MOE_I2
 from liveprune.pruning.methods.moeits import MOEITS
 from liveprune.pruning.methods.mone import MONE
 from liveprune.pruning.methods.msan import MSAN
+from liveprune.pruning.methods.naee import NAEE
 from liveprune.pruning.methods.random_choice import RANDOM
 from liveprune.pruning.methods.reap import REAP
 from liveprune.pruning.methods.soft import SOFT
@@ -41,6 +43,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             REAP,
             EASY_EP,
             MONE,
+            NAEE,
+            MOE_I2,
             AIMER,
             MOEITS,
             TB_COVERAGE,

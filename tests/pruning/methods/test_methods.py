@@ -131,8 +131,7 @@ def test_registry() -> None:
     assert all(name == method.name for name, method in METHODS.items())
     for method in METHODS.values():
         assert method.title
-        assert method.formula.startswith("S_j" if method.choose is None else "")
-        assert method.formula
+        assert method.formula.startswith("S_j") == (method.choose is None)
         assert not method.reference or re.fullmatch(r"arXiv:\d{4}\.\d{5}", method.reference)
 
 
