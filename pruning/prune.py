@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from liveprune.pruning.budget import (
-    LayerBudget,
-    global_total,
-    layer_budgets,
-    parse_budget,
-    select,
-)
+from liveprune.pruning.allocation import global_total, select
+from liveprune.pruning.budget import Budget, LayerBudget, layer_budgets, parse_budget
 from liveprune.pruning.calibration.rows import MAX_ROWS, MAX_TOKENS
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.evidence import Calibration, Evidence, as_files, gather
-from liveprune.pruning.methods import find_method
+from liveprune.pruning.memory_target import budget_for, costs_of
+from liveprune.pruning.methods import Method, find_method
 from liveprune.pruning.methods.method import Choosing, Chosen
 from liveprune.pruning.methods.moeits_plan import check_options, least
 from liveprune.pruning.model_name import model_name
@@ -34,6 +30,7 @@ def make_plan(
     *,
     method: str,
     experts: str | float | Sequence[int] | None = None,
+    target_memory: int | None = None,
     tau: float | None = None,
     nmi: str = "plain",
     top_k: int | Sequence[int] | None = None,
@@ -42,6 +39,9 @@ def make_plan(
     calibration: Path | Sequence[Path] | None = None,
     seed: int = 0,
     allocate: str | None = None,
+    min_experts: int | None = None,
+    max_experts: int | None = None,
+    allowed_counts: Collection[int] | None = None,
     skip_layers: Collection[int] = (),
     keep_super_experts: bool = False,
     max_tokens: int = MAX_TOKENS,
@@ -57,6 +57,8 @@ def make_plan(
         method: A name from ``METHODS``.
         experts: Budget, see ``budget``: a count, a fraction kept, or a list per layer. Required,
             but for ``moeits`` with ``tau``.
+        target_memory: In place of ``experts``: bytes that the weights of the pruned checkpoint may
+            take at most, see ``memory_target``.
         tau: For ``moeits`` in place of ``experts``: each layer keeps what the threshold
             mean + tau * IQR leaves, at least what it can be served with.
         nmi: For ``moeits``: ``plain``, or a control: ``shuffled``, ``corrected`` (see ``nmi``).
@@ -69,6 +71,10 @@ def make_plan(
         seed: For methods and estimators that draw.
         allocate: ``uniform``, or ``global`` to share one total out over the layers; None takes
             the method's own way.
+        min_experts: Fewest experts that ``global`` leaves a layer.
+        max_experts: Most experts that it leaves a layer.
+        allowed_counts: Counts that a pruned layer may have; each keeps the next lower one than its
+            budget says. Never more than the budget in all, and less where counts are snapped.
         skip_layers: Indices of layers left as they are.
         keep_super_experts: Never prune experts with outlying activations (methods.md, 5.5).
         max_tokens: Tokens used of each row.
@@ -93,11 +99,23 @@ def make_plan(
     # A list of counts leaves nothing to share out.
     shared = chosen.allocate if experts is None or isinstance(experts, str | int | float) else ""
     allocate = allocate or shared or "uniform"
-    check_options(chosen, experts, tau, nmi, allocate, spec.router)
+    if experts is not None and target_memory is not None:
+        raise PlanError("found both experts and target_memory, expected one of them")
+    stated = experts if target_memory is None else target_memory
+    check_options(chosen, stated, tau, nmi, allocate, spec.router)
+    bounds: dict[str, Any] = {"least": min_experts, "most": max_experts, "allowed": allowed_counts}
     budget = parse_budget(1.0 if experts is None else experts)
-    budgets = layer_budgets(spec, budget, top_k=top_k, skip_layers=skip_layers, allocate=allocate)
-    _check_before_pass(budgets if tau is None else least(budgets), spec)
+    if target_memory is not None:
+        budget = _within(
+            model, spec, chosen, target_memory, rows_kept, top_k, skip_layers, allocate
+        )
+    budgets = layer_budgets(
+        spec, budget, top_k=top_k, skip_layers=skip_layers, allocate=allocate, **bounds
+    )
     total = global_total(budgets, budget, spec.router) if allocate == "global" else None
+    if total is not None and allowed_counts is not None and chosen.choose is not None:
+        raise PlanError(f"method {chosen.name}: found allowed counts, expected them with 'uniform'")
+    _check_before_pass(budgets if tau is None else least(budgets), spec)
     evidence = gather(
         model,
         spec,
@@ -111,6 +129,7 @@ def make_plan(
         spec=spec,
         budgets=budgets,
         total=total,
+        allowed_counts=allowed_counts,
         options=own,
         keep_gate_rows=rows_kept,
         keep_super_experts=keep_super_experts,
@@ -126,6 +145,8 @@ def make_plan(
         method=chosen.name,
         parameters={
             "experts": experts if isinstance(experts, str | int | float | None) else list(experts),
+            **({} if target_memory is None else {"target_memory": target_memory}),
+            **_limits(min_experts, max_experts, allowed_counts),
             "top_k": top_k if top_k is None or isinstance(top_k, int) else list(top_k),
             "allocate": allocate,
             "skip_layers": sorted(skip_layers),
@@ -175,6 +196,36 @@ def _by_choice(
     )
     whole = {b.layer.index: tuple(range(b.layer.experts)) for b in request.budgets}
     return {**sliced(request.budgets, whole), **found.layers}, dict(found.scores)
+
+
+def _limits(least: int | None, most: int | None, allowed: Collection[int] | None) -> dict[str, Any]:
+    """Those that were stated, for the lineage."""
+    named = {"min_experts": least, "max_experts": most}
+    named["allowed_counts"] = None if allowed is None else sorted(allowed)  # type: ignore[assignment]
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _within(
+    model: Path,
+    spec: ModelSpec,
+    method: Method,
+    target: int,
+    keep_gate_rows: bool,
+    top_k: int | Sequence[int] | None,
+    skip_layers: Collection[int],
+    allocate: str,
+) -> Budget:
+    """The budget that ``target`` bytes of weights allow."""
+    whole = layer_budgets(spec, parse_budget(1.0), top_k=top_k, skip_layers=skip_layers)
+    costs = costs_of(model, spec, keep_gate_rows=keep_gate_rows, constants=method.leaves_constants)
+    return budget_for(
+        costs,
+        spec,
+        target,
+        floors={item.layer.index: item.floor for item in whole},
+        skip_layers=skip_layers,
+        allocate=allocate,
+    )
 
 
 def _check_before_pass(budgets: Sequence[LayerBudget], spec: ModelSpec) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from liveprune.pruning.budget import LayerBudget, allocate_global, select
+from liveprune.pruning.allocation import allocate_global, select
+from liveprune.pruning.budget import LayerBudget, snap
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.evidence import Evidence
 from liveprune.pruning.methods.method import Folding, Method, Options
@@ -40,6 +41,8 @@ class Request:
     budgets: Sequence[LayerBudget]
     total: int | None
     """Experts to keep in all layers that are not skipped; None: each layer as its budget says."""
+    allowed_counts: Collection[int] | None
+    """That a pruned layer may have; None: any."""
     options: Options
     keep_gate_rows: bool
     keep_super_experts: bool
@@ -70,6 +73,9 @@ def by_ranking(
     counts = {item.layer.index: item.keep for item in budgets}
     if request.total is not None:
         counts = allocate_global(budgets, ranked, request.total, router)
+        if request.allowed_counts is not None:
+            given = (dataclasses.replace(x, keep=counts[x.layer.index]) for x in budgets)
+            counts = {x.layer.index: snap(x, request.allowed_counts).keep for x in given}
     if request.tau is not None:
         counts = counts_by_tau(removals, request.tau, budgets, protected)
     _check_protected(budgets, counts, protected)

@@ -115,6 +115,8 @@ class Method:
     """Scores of several layers can be compared by shares; False: they only order one layer's."""
     allocate: str = "uniform"
     """How its budget is shared out over the layers where nothing is said."""
+    leaves_constants: bool = False
+    """A pruned expert leaves a vector of the hidden size behind, and the gate keeps its row."""
     keep_gate_rows: bool | None = None
     """Where nothing is said, see ``Folding``; None: the method has no such choice."""
     options: Options = field(default_factory=lambda: MappingProxyType({}))

@@ -49,4 +49,5 @@ MONE = Method(
     from_statistics=_score,
     fold=_fold,
     needs=frozenset({"outputs"}),
+    leaves_constants=True,
 )

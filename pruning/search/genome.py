@@ -13,7 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from liveprune.pruning.budget import LayerBudget, layer_budgets, parse_budget, select
+from liveprune.pruning.allocation import select
+from liveprune.pruning.budget import LayerBudget, layer_budgets, parse_budget
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.model_spec import ModelSpec, Router
 from liveprune.pruning.plan import LayerPlan, Lineage, Matrix, Plan

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liveprune.pruning.budget import (
-    Budget,
-    allocate_global,
-    global_total,
-    layer_budgets,
-    parse_budget,
-    select,
-)
+from liveprune.pruning.allocation import allocate_global, global_total, select
+from liveprune.pruning.budget import Budget, LayerRange, layer_budgets, parse_budget
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.model_spec import ModelSpec, Router
 from liveprune.pruning.plan_guards import check_groups
@@ -100,7 +94,11 @@ def test_parse_refuses(value: Any) -> None:
 
 
 def keeps(spec: ModelSpec, experts: Any, **options: Any) -> list[int]:
-    return [b.keep for b in layer_budgets(spec, parse_budget(experts), **options)]
+    budget = parse_budget(experts)
+    budgets = layer_budgets(spec, budget, **options)
+    if options.get("allocate") == "global":
+        global_total(budgets, budget, spec.router)
+    return [b.keep for b in budgets]
 
 
 def test_fraction_rounds_the_pruned_number_down() -> None:
@@ -257,12 +255,12 @@ def test_group_guards_always_hold(
     )
     try:
         budgets = layer_budgets(spec, budget, allocate=allocate)
+        total = global_total(budgets, budget, spec.router) if allocate == "global" else 0
     except PlanError:
         return  # refused before any pass: nothing to serve
     scores = {i + 1: s for i, s in draw_scores(data, [groups * size] * 3).items()}
     counts = {b.layer.index: b.keep for b in budgets}
     if allocate == "global":
-        total = global_total(budgets, budget, spec.router)
         counts = allocate_global(budgets, scores, total, spec.router)
         assert sum(counts.values()) == total
     for i, count in counts.items():
@@ -270,3 +268,88 @@ def test_group_guards_always_hold(
         assert len(kept) == count
         if count < groups * size:
             check_groups(kept, groups * size, top_k, spec.router, f"layer {i}")
+
+
+def test_ranges_of_layers() -> None:
+    spec = spec_of(layers=6)
+    assert parse_budget("0-1:4,2:6,3-:8") == Budget(
+        ranges=(LayerRange(0, 1, 4), LayerRange(2, 2, 6), LayerRange(3, None, 8))
+    )
+    assert keeps(spec, "0-1:4,2:6,3-:8") == [4, 4, 6, 8, 8, 8]
+    assert keeps(grouped_spec(), "0-1:8,2-:16") == [8, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-1:4", "layer 2 is stated by nothing, expected one range"),
+        ("0-2:4,2-:6", "layer 2 is stated by 0-2:4 and 2-:6, expected one range"),
+        ("0-:4,9-12:6", "9-12:6 names no layer with experts"),
+        ("0-x:4", "found '0-x:4', expected layers and a count"),
+        ("0-:0", "expected layers and a count"),
+        ("0-:9", "layer 0: experts is 9, expected 1 to 8"),
+    ],
+)
+def test_wrong_ranges_are_named(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        keeps(spec_of(), text)
+
+
+def test_bounds_of_a_layer_hold_under_global_allocation() -> None:
+    """Unbounded, layer 0 would keep 8 and layer 1 its 2."""
+    spec, budget = spec_of(layers=2), parse_budget(5)
+    scores = {0: np.ones(8), 1: np.array([9.0, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])}
+
+    def counts(**bounds: int) -> dict[int, int]:
+        budgets = layer_budgets(spec, budget, allocate="global", **bounds)
+        return allocate_global(budgets, scores, global_total(budgets, budget, PLAIN), PLAIN)
+
+    assert counts() == {0: 8, 1: 2}
+    assert counts(least=3) == {0: 7, 1: 3}
+    assert counts(most=6) == {0: 6, 1: 4}
+    with pytest.raises(PlanError, match="max_experts is 3, expected at least 4"):
+        counts(least=4, most=3)
+    with pytest.raises(PlanError, match="10 kept in 2 layers, expected at most 8"):
+        counts(most=4)
+    with pytest.raises(PlanError, match="expected them with allocate 'global'"):
+        layer_budgets(spec, budget, most=4)
+
+
+def test_snapping_lowers_to_the_next_count_allowed() -> None:
+    assert keeps(spec_of(), 7, allowed=[2, 4, 6]) == [6] * 4
+    assert keeps(spec_of(), 8, allowed=[4]) == [8] * 4, "nothing is pruned, nothing to snap"
+    assert keeps(spec_of(), 6, allowed=[6], skip_layers=[1]) == [6, 8, 6, 6]
+    with pytest.raises(PlanError, match="layer 0: no count from 2 to 3 is allowed"):
+        keeps(spec_of(), 3, allowed=[1, 4, 8])
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_sums_are_exact_with_all_guards(data: st.DataObject) -> None:
+    """Groups, floors, bounds and skipped layers together."""
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    size = data.draw(st.integers(2, 5))
+    experts, top_groups = groups * size, data.draw(st.integers(1, groups))
+    top_k = data.draw(st.integers(1, top_groups * size))
+    spec = grouped_spec(experts, top_k, groups, top_groups)
+    skip = data.draw(st.sets(st.sampled_from([1, 2, 3]), max_size=2))
+    bounds: dict[str, Any] = {
+        "least": data.draw(st.none() | st.integers(1, experts)),
+        "most": data.draw(st.none() | st.integers(1, experts)),
+    }
+    budget = Budget(count=data.draw(st.integers(1, size)) * groups)
+    try:
+        budgets = layer_budgets(spec, budget, allocate="global", skip_layers=skip, **bounds)
+        total = global_total(budgets, budget, spec.router)
+    except PlanError:
+        return
+    scores = {i + 1: s for i, s in draw_scores(data, [experts] * 3).items()}
+    counts = allocate_global(budgets, scores, total, spec.router)
+    assert sum(count for i, count in counts.items() if i not in skip) == total
+    for item in budgets:
+        count = counts[item.layer.index]
+        assert count % groups == 0
+        assert item.floor <= count <= item.ceiling or item.skipped
+        assert count == experts or not item.skipped
+        assert item.skipped or count >= min(experts, bounds["least"] or 1)
+        assert item.skipped or bounds["most"] is None or count <= max(bounds["most"], 0)
