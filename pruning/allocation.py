@@ -5,7 +5,9 @@ All arithmetic is done in units: one expert in every group of the router, or one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +77,33 @@ def allocate_global(
             pool += [(share, index) for share in shares[must:removable]]
     for _, index in sorted(pool)[: removals // router.groups]:
         counts[index] -= router.groups
+    return counts
+
+
+def proportional(
+    shares: Mapping[int, Fraction], caps: Mapping[int, int], total: int
+) -> dict[int, int]:
+    """Whole numbers in proportion to ``shares``, none above its cap, that sum up to ``total``.
+
+    What is beyond a cap goes to the others in their proportion; parts are settled by largest
+    remainders, of equal ones the earlier's. The caps hold the total, and no share is 0.
+    """
+    counts: dict[int, int] = {}
+    open_layers = list(shares)
+    while True:
+        left = total - sum(counts.values())
+        whole = sum(shares[i] for i in open_layers)
+        quotas = {i: left * shares[i] / whole for i in open_layers}
+        full = [i for i in open_layers if quotas[i] >= caps[i]]
+        if not full:
+            break
+        counts |= {i: caps[i] for i in full}
+        open_layers = [i for i in open_layers if i not in full]
+    counts |= {i: math.floor(quotas[i]) for i in open_layers}
+    # Stable, so that of equal remainders the earlier layer's comes first.
+    by_remainder = sorted(open_layers, key=lambda i: math.floor(quotas[i]) - quotas[i])
+    for i in by_remainder[: total - sum(counts.values())]:
+        counts[i] += 1
     return counts
 
 

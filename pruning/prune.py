@@ -22,7 +22,7 @@ from liveprune.pruning.model_name import model_name
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from liveprune.pruning.plan_guards import check_plan
-from liveprune.pruning.ranking import Progress, Request, by_ranking, sliced
+from liveprune.pruning.ranking import Allocator, Progress, Request, by_ranking, sliced
 
 
 def make_plan(
@@ -38,7 +38,7 @@ def make_plan(
     keep_gate_rows: bool | None = None,
     calibration: Path | Sequence[Path] | None = None,
     seed: int = 0,
-    allocate: str | None = None,
+    allocate: str | Allocator | None = None,
     min_experts: int | None = None,
     max_experts: int | None = None,
     allowed_counts: Collection[int] | None = None,
@@ -69,8 +69,8 @@ def make_plan(
         calibration: JSONL rows (see ``calibration.rows``), of one file or several; read only if
             the method, or ``keep_super_experts``, needs them.
         seed: For methods and estimators that draw.
-        allocate: ``uniform``, or ``global`` to share one total out over the layers; None takes
-            the method's own way.
+        allocate: ``uniform``, or ``global`` to share one total out over the layers by score, or
+            who else shares it out; None takes the method's own way.
         min_experts: Fewest experts that ``global`` leaves a layer.
         max_experts: Most experts that it leaves a layer.
         allowed_counts: Counts that a pruned layer may have; each keeps the next lower one than its
@@ -96,23 +96,33 @@ def make_plan(
     if keep_gate_rows is not None and chosen.keep_gate_rows is None:
         raise PlanError(f"method {chosen.name}: found a choice of gate rows, expected none")
     rows_kept = bool(chosen.keep_gate_rows) if keep_gate_rows is None else keep_gate_rows
-    # A list of counts leaves nothing to share out.
-    shared = chosen.allocate if experts is None or isinstance(experts, str | int | float) else ""
-    allocate = allocate or shared or "uniform"
     if experts is not None and target_memory is not None:
         raise PlanError("found both experts and target_memory, expected one of them")
-    stated = experts if target_memory is None else target_memory
-    check_options(chosen, stated, tau, nmi, allocate, spec.router)
-    bounds: dict[str, Any] = {"least": min_experts, "most": max_experts, "allowed": allowed_counts}
     budget = parse_budget(1.0 if experts is None else experts)
+    allocator = None if isinstance(allocate, str | None) else allocate
+    if allocator is not None and chosen.choose is not None:
+        raise PlanError(f"method {chosen.name}: it shares experts out itself, expected a ranking")
+    stated = allocate if isinstance(allocate, str) else None
+    # A count for each layer leaves nothing to share out.
+    own_way = chosen.allocate if budget.counts is None and budget.ranges is None else "uniform"
+    how = "global" if allocator is not None else stated or own_way
+    # An allocator needs each layer's ranking only, so scores need not compare across layers.
+    comparing = "uniform" if allocator is not None else how
+    asked = experts if target_memory is None else target_memory
+    check_options(chosen, asked, tau, nmi, comparing, spec.router)
     if target_memory is not None:
-        budget = _within(
-            model, spec, chosen, target_memory, rows_kept, top_k, skip_layers, allocate
-        )
+        budget = _within(model, spec, chosen, target_memory, rows_kept, top_k, skip_layers, how)
     budgets = layer_budgets(
-        spec, budget, top_k=top_k, skip_layers=skip_layers, allocate=allocate, **bounds
+        spec,
+        budget,
+        top_k=top_k,
+        skip_layers=skip_layers,
+        allocate=how,
+        least=min_experts,
+        most=max_experts,
+        allowed=allowed_counts,
     )
-    total = global_total(budgets, budget, spec.router) if allocate == "global" else None
+    total = global_total(budgets, budget, spec.router) if how == "global" else None
     if total is not None and allowed_counts is not None and chosen.choose is not None:
         raise PlanError(f"method {chosen.name}: found allowed counts, expected them with 'uniform'")
     _check_before_pass(budgets if tau is None else least(budgets), spec)
@@ -129,6 +139,7 @@ def make_plan(
         spec=spec,
         budgets=budgets,
         total=total,
+        allocator=allocator,
         allowed_counts=allowed_counts,
         options=own,
         keep_gate_rows=rows_kept,
@@ -148,7 +159,7 @@ def make_plan(
             **({} if target_memory is None else {"target_memory": target_memory}),
             **_limits(min_experts, max_experts, allowed_counts),
             "top_k": top_k if top_k is None or isinstance(top_k, int) else list(top_k),
-            "allocate": allocate,
+            "allocate": how if allocator is None else allocator.name,
             "skip_layers": sorted(skip_layers),
             "keep_super_experts": keep_super_experts,
             **({"max_tokens": max_tokens, "max_rows": max_rows} if evidence.corpora else {}),

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class Request:
     budgets: Sequence[LayerBudget]
     total: int | None
     """Experts to keep in all layers that are not skipped; None: each layer as its budget says."""
+    allocator: Allocator | None
+    """Shares the total out; None: by the scores themselves."""
     allowed_counts: Collection[int] | None
     """That a pruned layer may have; None: any."""
     options: Options
@@ -49,6 +51,27 @@ class Request:
     tau: float | None
     nmi: str
     seed: int
+
+
+class Allocator(Protocol):
+    """Decides how many experts each layer keeps, once they have been ranked."""
+
+    name: str
+    """For the lineage."""
+
+    def counts(
+        self, budgets: Sequence[LayerBudget], ranked: Mapping[int, Scores], total: int
+    ) -> dict[int, int]:
+        """Experts kept by layer index; those of layers that are not skipped sum up to ``total``.
+
+        Args:
+            budgets: of all layers, with floors and ceilings.
+            ranked: [experts] by layer index, higher = keep; infinite where protected.
+            total: in all layers that are not skipped.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """What led to the counts, as JSON."""
 
 
 def by_ranking(
@@ -70,12 +93,7 @@ def by_ranking(
         scores = _scores(request, evidence, progress)
     protected = _super_experts(evidence) if request.keep_super_experts else {}
     budgets, ranked = _protect(request.budgets, scores, protected, request.spec)
-    counts = {item.layer.index: item.keep for item in budgets}
-    if request.total is not None:
-        counts = allocate_global(budgets, ranked, request.total, router)
-        if request.allowed_counts is not None:
-            given = (dataclasses.replace(x, keep=counts[x.layer.index]) for x in budgets)
-            counts = {x.layer.index: snap(x, request.allowed_counts).keep for x in given}
+    counts = _counts(request, budgets, ranked)
     if request.tau is not None:
         counts = counts_by_tau(removals, request.tau, budgets, protected)
     _check_protected(budgets, counts, protected)
@@ -90,7 +108,25 @@ def by_ranking(
     form = _scores_to_json(scores, protected)
     if removals:
         form["removals"] = removals_to_json(removals, request.tau, counts)
+    if request.allocator is not None:
+        form["allocation"] = request.allocator.facts()
     return layers, form
+
+
+def _counts(
+    request: Request, budgets: Sequence[LayerBudget], ranked: Mapping[int, Scores]
+) -> dict[int, int]:
+    """How many experts each layer keeps."""
+    if request.total is None:
+        return {item.layer.index: item.keep for item in budgets}
+    if request.allocator is not None:
+        counts = request.allocator.counts(budgets, ranked, request.total)
+    else:
+        counts = allocate_global(budgets, ranked, request.total, request.spec.router)
+    if request.allowed_counts is None:
+        return counts
+    given = (dataclasses.replace(x, keep=counts[x.layer.index]) for x in budgets)
+    return {x.layer.index: snap(x, request.allowed_counts).keep for x in given}
 
 
 def sliced(

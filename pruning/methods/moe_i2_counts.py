@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from liveprune.pruning.allocation import proportional
 from liveprune.pruning.calibration.rows import BATCH_TOKENS, Rows
 from liveprune.pruning.errors import DataError, PlanError
 from liveprune.pruning.evaluation.engine import Engine, TokenRow
@@ -118,27 +119,5 @@ def removal_counts(
         part = min(removals - sum(counts.values()), sum(caps[i] for i in layers))
         equal = number != 1
         shares = {i: Fraction(1) if equal else 1 / Fraction(importance[i]) for i in layers}
-        counts |= _proportional(shares, caps, part)
-    return counts
-
-
-def _proportional(
-    shares: Mapping[int, Fraction], caps: Mapping[int, int], total: int
-) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    open_layers = list(shares)
-    while True:
-        left = total - sum(counts.values())
-        whole = sum(shares[i] for i in open_layers)
-        quotas = {i: left * shares[i] / whole for i in open_layers}
-        full = [i for i in open_layers if quotas[i] >= caps[i]]
-        if not full:
-            break
-        counts |= {i: caps[i] for i in full}
-        open_layers = [i for i in open_layers if i not in full]
-    counts |= {i: math.floor(quotas[i]) for i in open_layers}
-    # Stable, so that of equal remainders the earlier layer's comes first.
-    by_remainder = sorted(open_layers, key=lambda i: math.floor(quotas[i]) - quotas[i])
-    for i in by_remainder[: total - sum(counts.values())]:
-        counts[i] += 1
+        counts |= proportional(shares, caps, part)
     return counts

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_SIZE = 32
+SLOTS = 16
+FREE = 13
+"""The first slot that no plan takes; from here on they are for refusals."""
 
 
 def main(question: str, answer: str) -> None:
@@ -30,7 +33,7 @@ class LiveJob:
         self.job = job
         config = LiveConfig(
             checkpoint=job["model"],
-            slots=12,
+            slots=SLOTS,
             spare_rows=job["spare"],
             kv_extra_bytes=0,
             resident_slot=1 if job.get("resident") else 0,
@@ -63,7 +66,7 @@ class LiveJob:
 
     def make_live(self, tag: str) -> None:
         taken = set(self.slots.values())
-        slot = 0 if tag == "base" else next(i for i in range(1, 12) if i not in taken)
+        slot = 0 if tag == "base" else next(i for i in range(1, SLOTS) if i not in taken)
         self.call("prepare", slot=slot, plan=None if tag == "base" else self.job["plans"][tag])
         while True:
             progress = self.call("progress", slot=slot)
@@ -127,28 +130,28 @@ class LiveJob:
         layer = worker.liveprune_worker._layers[0]
         live = self.slots["uniform"]
         found = {
-            "unknown slot": self.error("publish", slot=9),
+            "unknown slot": self.error("publish", slot=FREE),
             "taken slot": self.error("prepare", slot=live, plan=plans["uniform"]),
             "live slot cancelled": self.error("cancel", slot=live),
-            "no such plan": self.error("prepare", slot=9, plan="missing.json"),
+            "no such plan": self.error("prepare", slot=FREE, plan="missing.json"),
         }
         # Merges that need more spare rows than are left.
-        for slot in range(9, 12):
+        for slot in range(FREE, SLOTS):
             found[f"spare {slot}"] = self.error("prepare", slot=slot, plan=plans["router_map"])
             while not found[f"spare {slot}"]:
                 if self.call("progress", slot=slot)["phase"] in ("ready", "failed"):
                     break
-        for slot in range(9, 12):
+        for slot in range(FREE, SLOTS):
             self.error("cancel", slot=slot)
         # A row that is taken away behind its back must not become part of a live table.
-        self.call("prepare", slot=9, plan=plans["counts"])
-        while self.call("progress", slot=9)["phase"] != "ready":
+        self.call("prepare", slot=FREE, plan=plans["counts"])
+        while self.call("progress", slot=FREE)["phase"] != "ready":
             pass
-        row = min(worker.liveprune_worker._slots[9].assignments[0].needed)
+        row = min(worker.liveprune_worker._slots[FREE].assignments[0].needed)
         layer.rows._resident -= {row}
-        found["row not resident"] = self.error("publish", slot=9)
+        found["row not resident"] = self.error("publish", slot=FREE)
         layer.rows._resident |= {row}
-        self.call("cancel", slot=9)
+        self.call("cancel", slot=FREE)
         return found
 
     def error(self, operation: str, **arguments: Any) -> str:

@@ -173,12 +173,12 @@ def test_the_other_weights_are_counted(
 def test_wrong_operations_are_refused_and_change_nothing(eager_live: dict[str, Any]) -> None:
     """What follows in the same engine (``compact``, ``whole``) is checked by the tests above."""
     refused = eager_live["mixtral"]["refusals"]
-    assert refused["unknown slot"] == "slot 9: free, expected a prepared or live slot"
+    assert refused["unknown slot"] == "slot 13: free, expected a prepared or live slot"
     assert refused["taken slot"].endswith("in use, expected a free slot")
     assert "live; expected one that was never published" in refused["live slot cancelled"]
     assert "missing.json" in refused["no such plan"]
-    assert refused["spare 9"] == ""
-    assert "free spare rows (--spare-rows)" in refused["spare 11"]
+    assert refused["spare 13"] == ""
+    assert "free spare rows (--spare-rows)" in refused["spare 15"]
     assert "are not resident, expected all that its table names" in refused["row not resident"]
 
 
