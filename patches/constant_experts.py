@@ -37,6 +37,6 @@ def add_constants(routed_experts: Any, routing: WithConstants) -> None:
                 f"{routed_experts.layer_name}: the kernel gives {type(output).__name__}, expected "
                 f"a tensor that constants can be added to"
             )
-        return output + constants.to(output.dtype)
+        return (output + constants).to(output.dtype)  # rounded once
 
     routed_experts.forward_modular = forward_modular

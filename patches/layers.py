@@ -192,8 +192,9 @@ def _mapped_router(
     building.parameters = {name: _parameter(value) for name, value in made.items()}
     building.router = MappedRouter(
         own,
-        expert_map=building.parameters["expert_map"],
-        vectors=building.parameters.get("constants"),
+        building.experts,
+        building.parameters["expert_map"],
+        building.parameters.get("constants"),
     )
     return building.router
 
@@ -233,6 +234,17 @@ def _layer_counts(
 
 def _check_parallel(vllm_config: Any, table: dict[str, list[Any]]) -> None:
     parallel = vllm_config.parallel_config
+    constant = [layer for layer, (*_, mapping) in table.items() if mapping == "constants"]
+    flags = {
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "--data-parallel-size above 1": parallel.data_parallel_size > 1,
+        "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
+    }
+    for flag in (name for name, there in flags.items() if there and constant):
+        raise IncompatibleEnvironmentError(
+            f"{flag}: layer {constant[0]} has experts that answer with constants, which one "
+            f"tensor-parallel rank adds to what the others compute; expected no other ranks"
+        )
     if parallel.enable_eplb:
         raise IncompatibleEnvironmentError(
             "--enable-eplb: expert load balancing needs one expert count for all layers; "

@@ -133,12 +133,12 @@ class LiveWorker:
             raise EngineError(
                 f"slot {slot}: rows are {progress.phase}, expected ready {progress.error}".rstrip()
             )
-        for layer in self._layers.values():
-            layer.tables.write(
-                slot, _layer_plan(found.plan, layer), found.assignments[layer.index].rows
-            )
         found.live = True
         try:
+            for layer in self._layers.values():
+                layer.tables.write(
+                    slot, _layer_plan(found.plan, layer), found.assignments[layer.index].rows
+                )
             self._check()
         except EngineError:
             self.unpublish(slot)

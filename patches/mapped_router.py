@@ -1,7 +1,8 @@
-"""The router of a layer whose gate keeps all rows: it chooses old experts, new ones do the work.
+"""The router of a layer whose gate chooses among the base's experts: the choice stays vLLM's own,
+then a map says who does the work, or that nobody does.
 
-``expert_map`` names the new expert for each old one, or -1: that one answers with its constant
-vector (MoNE, arXiv:2507.00390; merged experts behind their old router rows, methods.md 6, 4b).
+Sources: HC-SMoE (arXiv:2410.08589) keeps the gate and ties experts; MoNE (arXiv:2507.00390) has
+pruned experts answer with a constant vector.
 """
 
 from __future__ import annotations
@@ -13,30 +14,57 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 
+def map_choices(
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    expert_map: torch.Tensor,
+    vectors: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Send a choice among the base's experts to those that do their work.
+
+    Args:
+        weights: [tokens, top_k].
+        ids: [tokens, top_k], of the base's experts.
+        expert_map: int32 [base experts]; -1: the expert answers with its vector.
+        vectors: float32 [number of -1, hidden], ascending by base expert; None: there are none.
+
+    Returns:
+        Weights and ids for the kernel, two of a token's ids perhaps the same; a vector's place has
+        weight 0 and id 0. And the sum of weight times vector, float32 [tokens, hidden], or None.
+    """
+    new = expert_map[ids.long()]
+    if vectors is None:
+        return weights, new.to(ids.dtype), None
+    constant = expert_map < 0
+    place = (constant.cumsum(0) - 1).clamp_min(0)
+    answered = constant[ids.long()]
+    shares = weights.new_zeros(len(ids), len(vectors), dtype=torch.float32)
+    shares.scatter_add_(1, place[ids.long()], weights.float() * answered)
+    return (
+        weights.masked_fill(answered, 0.0),
+        new.clamp_min(0).to(ids.dtype),
+        shares @ vectors,
+    )
+
+
 class MappedRouter(BaseRouter):  # type: ignore[misc]
-    """vLLM's own router for all gate rows, and the map behind it.
+    """``map_choices`` behind one of vLLM's routers.
 
     Attributes:
-        constants: float32 [tokens, hidden], what constant experts add to the output of the tokens
-            routed last; None in a layer without any.
+        constants: float32 [tokens, hidden], what to add to the output of the tokens routed last;
+            None if the layer has no constants (``constant_experts``).
     """
 
     def __init__(
         self,
-        own: Any,
-        *,
+        inner: BaseRouter,
+        experts: int,
         expert_map: torch.nn.Parameter,
         vectors: torch.nn.Parameter | None,
     ) -> None:
-        """Wrap a router.
-
-        Args:
-            own: vLLM's, for the old experts.
-            expert_map: int32 [old experts].
-            vectors: float32 [constant experts, hidden], ascending by old expert.
-        """
-        super().__init__(top_k=own.top_k, global_num_experts=own.global_num_experts)
-        self._own = own
+        """Choose as ``inner`` does, for ``experts`` experts that there are."""
+        super().__init__(top_k=inner.top_k, global_num_experts=experts)
+        self.inner = inner
         self.expert_map = expert_map
         self.vectors = vectors
         self.constants: torch.Tensor | None = None
@@ -54,17 +82,8 @@ class MappedRouter(BaseRouter):  # type: ignore[misc]
         *,
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = self._own._compute_routing(  # noqa: SLF001 - vLLM's subclass hook
+        weights, ids = self.inner._compute_routing(  # noqa: SLF001 - vLLM's subclass hook
             hidden_states, router_logits, indices_type, input_ids=input_ids
         )
-        rows = self.expert_map.take(ids.long())
-        if self.vectors is not None:
-            is_constant = rows < 0
-            # The vectors are in the order of the experts that the map calls constant.
-            place = ((self.expert_map < 0).cumsum(0) - 1).clamp_min(0).take(ids.long())
-            mass = weights.new_zeros(len(ids), len(self.vectors), dtype=torch.float32)
-            mass.scatter_add_(1, place, weights.float() * is_constant)
-            self.constants = mass @ self.vectors
-            weights = weights.masked_fill(is_constant, 0.0)
-            rows = rows.clamp_min(0)  # the kernel gets weight 0 and an expert that is there
-        return weights.contiguous(), rows.to(indices_type or torch.int32).contiguous()
+        weights, ids, self.constants = map_choices(weights, ids, self.expert_map, self.vectors)
+        return weights.contiguous(), ids.contiguous()

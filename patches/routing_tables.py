@@ -220,15 +220,16 @@ class LayerTables:
                 f"(--spare-rows)"
             )
         places = dict(zip(vectors, free, strict=False))
+        for expert, vector in vectors.items():
+            if vector.shape != self.constants.shape[1:]:
+                raise EngineError(
+                    f"slot {slot}: expert {expert}'s constant is {tuple(vector.shape)}, expected "
+                    f"{tuple(self.constants.shape[1:])}"
+                )
         rows = [self.rows + places[i] if i in places else i for i in range(self.experts)]
         self._set_kept(slot, range(self.experts), top_k, rows, end=self.rows + len(self.constants))
         self._constants[slot] = list(places.values())
         for expert, place in places.items():
-            if vectors[expert].shape != self.constants[place].shape:
-                raise EngineError(
-                    f"slot {slot}: expert {expert}'s constant is {tuple(vectors[expert].shape)}, "
-                    f"expected {tuple(self.constants[place].shape)}"
-                )
             self.constants[place] = vectors[expert].to(self.constants)
         self.stand_in[slot] = kept[0]
         self.constant[slot] = True

@@ -23,10 +23,9 @@ def untuned(spec: ModelSpec, counts: Collection[int]) -> str | None:
         spec: of the base model.
         counts: experts per layer that a checkpoint is to have.
     """
-    package = find_spec("vllm")
-    if package is None or package.origin is None:
+    names = config_names()
+    if not names:
         return None
-    names = [path.name for path in (Path(package.origin).parent / CONFIGS).glob("E=*.json")]
     return compare(names, spec.expert_size, {x.experts for x in spec.layers}, counts, this_gpu())
 
 
@@ -34,11 +33,7 @@ def compare(
     names: Collection[str], size: int, full: Collection[int], counts: Collection[int], gpu: str
 ) -> str | None:
     """As ``untuned``, of the names of vLLM's configuration files; ``gpu`` is empty without one."""
-    tuned: dict[int, set[str]] = {}
-    for name in names:
-        match = _NAME.fullmatch(name)
-        if match and int(match[2]) == size and not match[4]:
-            tuned.setdefault(int(match[1]), set()).add(match[3])
+    tuned = _devices(names, size)
     devices = set.intersection(*(tuned.get(count, set()) for count in full))
     if gpu:
         devices &= {gpu}
@@ -50,6 +45,30 @@ def compare(
         f"{', '.join(map(str, lost))} experts of size {size}: such a checkpoint runs with default "
         f"kernel settings until tuned with vLLM's benchmark_moe; live variants are not affected"
     )
+
+
+def tuned_counts(names: Collection[str], size: int, gpu: str) -> frozenset[int]:
+    """Numbers of experts of that size that vLLM has a tuned kernel for; ``gpu`` "" means any."""
+    devices = _devices(names, size)
+    return frozenset(count for count, found in devices.items() if not gpu or gpu in found)
+
+
+def config_names() -> list[str]:
+    """Of vLLM's configuration files; none where vLLM is not installed."""
+    package = find_spec("vllm")
+    if package is None or package.origin is None:
+        return []
+    return [path.name for path in (Path(package.origin).parent / CONFIGS).glob("E=*.json")]
+
+
+def _devices(names: Collection[str], size: int) -> dict[int, set[str]]:
+    """GPUs with a tuned kernel for experts of that size, unquantised, by number of experts."""
+    tuned: dict[int, set[str]] = {}
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match and int(match[2]) == size and not match[4]:
+            tuned.setdefault(int(match[1]), set()).add(match[3])
+    return tuned
 
 
 def this_gpu() -> str:

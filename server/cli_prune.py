@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,23 +28,16 @@ SEARCH = "eep"
 ONE_PASS_OPTIONS = (
     *("tau", "nmi", "calibration", "allocate", "skip_layers", "keep_super_experts"),
     *("max_tokens", "device", "statistics_cache", "router"),
+    *("target_memory", "min_experts", "max_experts", "snap"),
 )
+EEP_OPTIONS = ("preset", "groups", "merge", "start")
 SEARCH_OPTIONS = (
-    *(
-        "train",
-        "dev",
-        "test",
-        "measure",
-        "preset",
-        "groups",
-        "merge",
-        "start",
-        "search_dir",
-    ),
-    *("engine", "dtype", "max_answer_tokens", "admin_key_file", "expert_parallel"),
+    *EEP_OPTIONS,
+    *("train", "dev", "test", "measure", "chat", "search_dir"),
+    *("engine", "dtype", "max_answer_tokens", "admin_key_file"),
 )
 console = Console()
-_PANEL = "EEP search (--method eep)"
+_PANEL = "Searches (--method eep, --allocate evoesap)"
 
 
 class GateRows(StrEnum):
@@ -58,6 +52,7 @@ class Allocation(StrEnum):
 
     UNIFORM = "uniform"
     GLOBAL = "global"
+    EVOESAP = "evoesap"
 
 
 def prune(
@@ -67,7 +62,14 @@ def prune(
     method: Annotated[str, typer.Option(help="See docs/methods.md.")],
     experts: Annotated[
         str | None,
-        typer.Option(help="Kept per layer: a number, a fraction, a list like 4,4,6, or @FILE."),
+        typer.Option(
+            help="Kept per layer: a number, a fraction, a list like 4,4,6, ranges of layers like "
+            "0-7:4,8-:6, or @FILE."
+        ),
+    ] = None,
+    target_memory: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Instead of --experts: all weights, e.g. 40GiB."),
     ] = None,
     tau: Annotated[
         float | None,
@@ -83,7 +85,20 @@ def prune(
     seed: Annotated[int, typer.Option(min=0, help="For methods that draw.")] = 0,
     allocate: Annotated[
         Allocation | None,
-        typer.Option(help="The same count in all layers, or one total; default: the method's."),
+        typer.Option(
+            help="The same count in all layers, one total by score, or by a search (evoesap); "
+            "default: the method's."
+        ),
+    ] = None,
+    min_experts: Annotated[
+        int | None, typer.Option(min=1, help="Fewest that a layer is left with by one total.")
+    ] = None,
+    max_experts: Annotated[
+        int | None, typer.Option(min=1, help="Most that a layer keeps of one total.")
+    ] = None,
+    snap: Annotated[
+        str | None,
+        typer.Option(help="Lower counts to servable ones, tuned ones, or multiples of a number."),
     ] = None,
     router: Annotated[
         GateRows | None,
@@ -124,11 +139,13 @@ def prune(
         typer.Option(help="Rows scored once, at the end.", rich_help_panel=_PANEL),
     ] = None,
     measure: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="exact, contains, choice; without labels esap, kl, nll.", rich_help_panel=_PANEL
+            help="exact (default), contains, choice; without labels esap (default of evoesap), "
+            "kl, nll.",
+            rich_help_panel=_PANEL,
         ),
-    ] = "exact",
+    ] = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -199,18 +216,21 @@ def prune(
     from liveprune.server.model_path import local_model
     from liveprune.server.progress import progress_bar
 
-    _check_options(context, method)
+    searches = allocate is Allocation.EVOESAP
+    _check_options(context, method, searches=searches)
     check_output(output, is_file=plan_only)
     folder = local_model(model)
-    if method == SEARCH:
+    named = parse_changes(change or ())
+    plan: Plan
+    if method == SEARCH or searches:
         from liveprune.server.search_options import SearchOptions, parse_settings
-        from liveprune.server.search_run import run_search
 
-        if experts is None or train is None:
-            missing = "--experts" if experts is None else "--train"
-            raise DataError(f"{missing}: missing, expected for method {SEARCH}")
+        asker = f"method {method}" if method == SEARCH else "--allocate evoesap"
+        if train is None or (experts is None and target_memory is None):
+            missing = "--train" if train is None else "--experts"
+            raise DataError(f"{missing}: missing, expected for {asker}")
         k = number_or_list("--top-k", top_k)
-        if isinstance(k, list):
+        if isinstance(k, list) and method == SEARCH:
             raise PlanError(f"--top-k: found {top_k!r}, expected one number for method {SEARCH}")
         options = SearchOptions(
             model=folder,
@@ -218,15 +238,15 @@ def prune(
             train=train,
             dev=dev,
             test=test,
-            experts=budget(experts, folder),
-            measure=measure,
+            experts="" if experts is None else budget(experts, folder),
+            measure=measure or ("esap" if searches else "exact"),
             chat=chat,
-            top_k=k,
+            top_k=None if isinstance(k, list) else k,
             settings=parse_settings(
                 preset,
-                change or (),
+                () if searches else change or (),
                 groups=int(groups) if groups and groups.isdigit() else groups,
-                merge=None if merge else False,
+                merge=None if merge and not searches else False,
             ),
             starts=tuple(start or ()),
             seed=seed,
@@ -238,31 +258,52 @@ def prune(
             expert_parallel=expert_parallel,
             command=shlex.join(["liveprune", *sys.argv[1:]]),
         )
-        plan: Plan = run_search(options, console)
-    else:
-        from liveprune.pruning.prune import make_plan
+    if method == SEARCH:
+        from liveprune.server.search_run import run_search
 
-        with progress_bar(f"{method}: scoring experts") as update:
-            plan = make_plan(
-                folder,
-                method=method,
-                experts=None if experts is None else budget(experts, folder),
-                tau=tau,
-                nmi=nmi,
-                top_k=number_or_list("--top-k", top_k),
-                calibration=calibration,
-                seed=seed,
-                allocate=None if allocate is None else allocate.value,
-                options=parse_changes(change or ()),
-                keep_gate_rows=None if router is None else router is GateRows.KEEP,
-                skip_layers=numbers("--skip-layers", skip_layers),
-                keep_super_experts=keep_super_experts,
-                max_tokens=max_tokens,
-                max_rows=max_rows,
-                device=device,
-                statistics_cache=statistics_cache,
-                progress=update,
-            )
+        plan = run_search(options, console)
+    else:
+        from liveprune.pruning.model_spec import ModelSpec
+        from liveprune.pruning.prune import make_plan
+        from liveprune.server.budget_options import allowed_counts
+        from liveprune.server.evoesap_run import BUDGET_SETTINGS, evoesap
+        from liveprune.server.live_options import parse_bytes
+
+        own = {name: x for name, x in named.items() if not searches or name not in BUDGET_SETTINGS}
+        with ExitStack() as stack:
+            allocator: Any = None if allocate is None else allocate.value
+            if searches:
+                settings = {name: x for name, x in named.items() if name not in own}
+                allocator = stack.enter_context(evoesap(options, settings))
+            with progress_bar(f"{method}: scoring experts") as update:
+                plan = make_plan(
+                    folder,
+                    method=method,
+                    experts=None if experts is None else budget(experts, folder),
+                    target_memory=(
+                        parse_bytes("--target-memory", target_memory) if target_memory else None
+                    ),
+                    tau=tau,
+                    nmi=nmi,
+                    top_k=number_or_list("--top-k", top_k),
+                    calibration=calibration,
+                    seed=seed,
+                    allocate=allocator,
+                    min_experts=min_experts,
+                    max_experts=max_experts,
+                    allowed_counts=allowed_counts(
+                        ModelSpec.from_path(folder), snap, expert_parallel
+                    ),
+                    options=own,
+                    keep_gate_rows=None if router is None else router is GateRows.KEEP,
+                    skip_layers=numbers("--skip-layers", skip_layers),
+                    keep_super_experts=keep_super_experts,
+                    max_tokens=max_tokens,
+                    max_rows=max_rows,
+                    device=device,
+                    statistics_cache=statistics_cache,
+                    progress=update,
+                )
     if plan_only:
         save_plan(plan, output)
     else:
@@ -274,9 +315,14 @@ def prune(
     console.print(f"written to {output}", highlight=False, soft_wrap=True)
 
 
-def _check_options(context: typer.Context, method: str) -> None:
-    """Refuse options of the other kind of method: ignoring one would mislead."""
+def _check_options(context: typer.Context, method: str, *, searches: bool) -> None:
+    """Refuse options of the other kind of method: ignoring one would mislead.
+
+    A search for budgets (``searches``) has the data and engine of EEP's, not its parameters.
+    """
     foreign = ONE_PASS_OPTIONS if method == SEARCH else SEARCH_OPTIONS
+    if searches and method != SEARCH:
+        foreign = EEP_OPTIONS
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)

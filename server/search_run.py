@@ -71,7 +71,11 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
     }
     starts = {name: _start(options, name) for name in options.starts}
     longest = max(task.longest for task in tasks.values())
-    with search_engine(options, spec, kept, longest) as engine, _bar() as show, _stop() as stop:
+    with (
+        search_engine(options, spec, kept, longest) as engine,
+        progress_of_search("search") as show,
+        stop_on_interrupt() as stop,
+    ):
         found = search(
             options.model,
             spec,
@@ -139,7 +143,7 @@ def _cell(score: Score) -> str:
 
 
 @contextmanager
-def _bar() -> Iterator[Any]:
+def progress_of_search(name: str) -> Iterator[Any]:
     """Yield what shows a search's progress: candidates, time left, best so far."""
     bar = Bar(
         TextColumn("{task.description}"),
@@ -149,7 +153,7 @@ def _bar() -> Iterator[Any]:
         TextColumn("{task.fields[best]}"),
         console=Console(stderr=True),
     )
-    task = bar.add_task("search", total=None, best="")
+    task = bar.add_task(name, total=None, best="")
 
     def show(progress: Progress) -> None:
         bar.start()
@@ -166,7 +170,7 @@ def _bar() -> Iterator[Any]:
 
 
 @contextmanager
-def _stop() -> Iterator[threading.Event]:
+def stop_on_interrupt() -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C sets; the second interrupts as ever."""
     event = threading.Event()
     before = signal.getsignal(signal.SIGINT)
