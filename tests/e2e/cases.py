@@ -105,6 +105,14 @@ _OWN_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
 }
 
 
+def engine_options(model: str) -> dict[str, Any]:
+    """Further arguments of ``vllm.LLM`` for a base model, all in float32.
+
+    On a CPU with AMX vLLM takes a kernel for latent attention that has no float32.
+    """
+    return {"attention_backend": "CPU_MLA"} if model.startswith("deepseek") else {}
+
+
 def plans_of(model: str) -> tuple[str, ...]:
     """Names of the plans for a base model."""
     return tuple(_OWN_COUNTS.get(model, _COUNTS))

@@ -22,6 +22,8 @@ COMPILED = [
     ("mixtral", "router_map"),
     ("qwen2_moe", "counts"),  # not renormalised
     ("qwen2_moe", "router_map"),
+    ("qwen2_moe", "constant"),
+    ("mixtral", "gathered_tied"),
 ]
 STOCK = [(model, plan) for model in cases.MODELS for plan in ("base", "uniform")]
 
@@ -87,7 +89,8 @@ def eager(
     folder = tmp_path_factory.mktemp("eager")
     for name, rewritten in REWRITTEN.items():
         target = rewritten.write(checkpoint(rewritten.model, "counts"), folder / name)
-        jobs.append(Job(name, str(target), cases.prompts(), cases.TOKENS))
+        options = cases.engine_options(rewritten.model)
+        jobs.append(Job(name, str(target), cases.prompts(), cases.TOKENS, options=options))
     for name, damaged in DAMAGED.items():
         target = damaged.write(checkpoint("mixtral", damaged.plan), folder / name)
         jobs.append(Job(name, str(target), cases.prompts(), cases.TOKENS))
@@ -126,4 +129,5 @@ def _job(
     model: str, plan: str, checkpoint: Callable[[str, str], Path], *, compiled: bool = False
 ) -> Job:
     folder = checkpoint(model, plan)
-    return Job(f"{model}/{plan}", str(folder), cases.prompts(), cases.TOKENS, compiled)
+    options = cases.engine_options(model)
+    return Job(f"{model}/{plan}", str(folder), cases.prompts(), cases.TOKENS, compiled, options)

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Job:
     """Token ids."""
     tokens: int
     compiled: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of ``vllm.LLM``."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Outcome:
     """Prompt tokens that the warm run took from the prefix cache."""
     logprobs: list[list[float]]
     """Of each prompt, log p(token i | tokens before i) for i >= 1."""
-    layers: dict[str, list[int]] | None
+    layers: dict[str, list[Any]] | None
     """The config's ``liveprune_layers``."""
     classes: dict[str, str]
     """Class of every module of the model, and of every router, by name."""

@@ -63,6 +63,7 @@ def _serve(job: dict[str, Any]) -> dict[str, Any]:
         skip_tokenizer_init=True,
         disable_log_stats=True,
         seed=0,
+        **job["options"],
     )
     prompts = [{"prompt_token_ids": list(prompt)} for prompt in job["prompts"]]
     plain = SamplingParams(

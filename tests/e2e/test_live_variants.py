@@ -49,7 +49,8 @@ def job(
             "spare": 40 if "tied" in plans else 0,
             "compact": compact,
         }
-        return {**defaults, **fields}
+        options = {**cases.engine_options(model), **fields.pop("options", {})}
+        return {**defaults, **fields, "options": options}
 
     return make
 

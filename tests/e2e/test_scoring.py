@@ -84,6 +84,7 @@ def scored(
             "model": str(base_model(model)),
             "plans": plans(model),
             "spare": 40,
+            "options": cases.engine_options(model),
         }
         jobs.append({**job, "name": model, "rows": ROWS["unlike"], "tokens": TOKENS})
     mixtral = next(job for job in jobs if job["name"] == "mixtral")
