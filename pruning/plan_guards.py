@@ -43,10 +43,11 @@ def _check_layer(layer: LayerPlan, base: MoELayer, router: Router) -> None:
         raise PlanError(
             f"{where}: the plan is for {layer.experts} experts, the model has {base.experts}"
         )
-    if base.has_router_map and not layer.is_identity:
+    if base.mapping and not layer.is_identity:
         raise PlanError(
-            f"{where}: this checkpoint already has a router map ({base.router_width} gate rows, "
-            f"{base.experts} experts); expected the base model it was made from"
+            f"{where}: this checkpoint already has a mapping, {base.mapping} "
+            f"({base.router_width} gate rows, {base.experts} experts); expected the base model it "
+            f"was made from"
         )
     if layer.top_k > base.top_k:
         raise PlanError(

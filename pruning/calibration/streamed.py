@@ -34,12 +34,12 @@ class StreamedModel:
 
         Raises:
             CheckpointError: the weights are quantised, missing or not safetensors.
-            ArchitectureError: the checkpoint has a router map, which only Liveprune's server runs.
+            ArchitectureError: the checkpoint has a mapping, which only Liveprune's server runs.
         """
-        mapped = [x.index for x in spec.layers if x.has_router_map]
+        mapped = {x.index: x.mapping for x in spec.layers if x.mapping}
         if mapped:
             raise ArchitectureError(
-                f"{model}: the layers {mapped} have a router map; expected the base model it was "
+                f"{model}: found mappings in the layers {mapped}; expected the base model it was "
                 f"made from"
             )
         self.spec = spec
