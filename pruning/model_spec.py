@@ -20,8 +20,13 @@ BLOCK_VERSION = 1
 LIST_KEYS = ("num_experts_per_layer", "num_experts_by_block", "n_routed_experts_per_layer")
 """Per-layer counts as written by EvoESAP, MoEITS and others (conventions.md, section 3.1)."""
 
-MAPPINGS = ("router_map", "expert_map", "constants")
-"""How the choice of a gate that keeps the base model's rows is mapped (``LayerPlan.mapping``)."""
+MAPPINGS = {
+    "router_map": "a router map",
+    "expert_map": "an expert map",
+    "constants": "constant experts",
+}
+"""How the choice of a gate that keeps the base model's rows is mapped (``LayerPlan.mapping``),
+in words."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +233,7 @@ def _layers(
     return tuple(layers)
 
 
-def _mappings(
-    block: Mapping[str, Any], widths: Mapping[int, Any], depth: int
-) -> dict[int, str]:
+def _mappings(block: Mapping[str, Any], widths: Mapping[int, Any], depth: int) -> dict[int, str]:
     """By layer, for those with a ``router_width``; what older releases wrote are router maps."""
     name = f"{BLOCK_KEY}.router_mapping"
     stated = _by_layer(block.get("router_mapping") or {}, name, depth)

@@ -24,29 +24,24 @@ def form_plan(
     """As many new experts as ``kept``, in all layers; ``top_k`` in the last one."""
     spec = ModelSpec.from_path(model)
     rng = np.random.default_rng(seed)
-    layers = [
-        form_layer(
-            rng,
-            form,
-            LayerPlan(
-                base.index,
-                base.experts,
-                top_k if top_k and base is spec.layers[-1] else base.top_k,
-                tuple(kept),
-            ),
-            spec,
-        )
-        for base in spec.layers
-    ]
+    layers = []
+    for base in spec.layers:
+        last = base is spec.layers[-1]
+        shape = (base.index, base.experts, top_k if top_k and last else base.top_k)
+        layers.append(_layer(rng, form, shape, tuple(kept), spec))
     name = spec.architecture.model_type
     return Plan(name, spec.num_hidden_layers, tuple(layers), Lineage("test"), "org/base")
 
 
-def form_layer(rng: np.random.Generator, form: str, layer: LayerPlan, spec: ModelSpec) -> LayerPlan:
-    """``layer``, which states kept ids, in another form."""
-    count, experts, kept = layer.kept_experts, layer.experts, layer.kept
+def _layer(
+    rng: np.random.Generator,
+    form: str,
+    shape: tuple[int, int, int],
+    kept: tuple[int, ...],
+    spec: ModelSpec,
+) -> LayerPlan:
+    count, experts = len(kept), shape[1]
     expert_map = rng.permutation([*range(count), *rng.integers(0, count, experts - count)])
-    shape = (layer.layer, experts, layer.top_k)
     if form == "constants":
         vectors = rng.normal(size=(experts - count, spec.hidden_size))
         return LayerPlan(*shape, kept, constants=vectors)

@@ -37,7 +37,8 @@ class MappedExperts(nn.Module):
             mapped: Tensor = self._experts(hidden, new_ids, weights)
             return mapped
         constant = new_ids < 0
-        computed: Tensor = self._experts(hidden, new_ids.clamp(min=0), weights.masked_fill(constant, 0))
+        own_weights = weights.masked_fill(constant, 0)
+        computed: Tensor = self._experts(hidden, new_ids.clamp(min=0), own_weights)
         shares = weights.float().masked_fill(~constant, 0)
         added = torch.einsum("tk,tkh->th", shares, self._vectors[ids])
         return (computed.float() + added).to(computed.dtype)

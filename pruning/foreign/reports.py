@@ -112,7 +112,8 @@ def write_llm_compressor_report(plan: Plan, path: Path) -> None:
         PlanError: the plan has a field that kept ids cannot say, a merge for one.
     """
     for layer in plan.layers:
-        beyond = [name for name in FIELDS if getattr(layer, name) not in (None, ())]
+        beyond = [name.rpartition(".")[2] for name in layer.matrices()]
+        beyond += ["expert_map"] if layer.expert_map else []
         if beyond:
             raise PlanError(
                 f"layer {layer.layer}: found {', '.join(beyond)}; an llm-compressor report states "
