@@ -73,7 +73,11 @@ class Architecture:
     top_k_key: str = "num_experts_per_tok"
     gate: str = "gate.weight"
     router_map: str = "router_map"
-    """Liveprune's own tensor: the EEP router map of a layer, [kept, experts]."""
+    """Liveprune's own tensor: the EEP router map of a layer, [kept, experts] float32."""
+    expert_map: str = "expert_map"
+    """Ours: the new expert that does each old one's work, [experts] int32; -1: a constant does."""
+    constants: str = "constants"
+    """Ours: what the experts return that the map gives as -1, [their number, hidden] float32."""
     fused_gate_up: str = "experts.gate_up_proj"
     fused_down: str = "experts.down_proj"
 

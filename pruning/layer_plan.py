@@ -191,9 +191,30 @@ class LayerPlan:
         return len(self.kept) or max(self.expert_map, default=-1) + 1
 
     @property
+    def mapping(self) -> str:
+        """How the choice of a gate that keeps its rows is mapped onto what there is:
+        ``router_map``, ``expert_map`` or ``constants``; "" for a sliced gate.
+        """
+        if self.router_map is not None:
+            return "router_map"
+        if self.expert_map:
+            return "expert_map"
+        return "constants" if self.constants is not None else ""
+
+    @property
     def keeps_gate_rows(self) -> bool:
         """The gate keeps a row per base expert; the choice is mapped onto what there is."""
-        return self.router_map is not None or bool(self.expert_map) or self.constants is not None
+        return bool(self.mapping)
+
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        """[experts]: the new expert that does each old one's work; -1: nobody, or a constant. Of a
+        plan that states an expert map or kept ids.
+        """
+        if self.expert_map:
+            return self.expert_map
+        places = {old: new for new, old in enumerate(self.kept)}
+        return tuple(places.get(i, -1) for i in range(self.experts))
 
     @property
     def router_width(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,14 @@ BLOCK_KEY = "liveprune"
 BLOCK_VERSION = 1
 LIST_KEYS = ("num_experts_per_layer", "num_experts_by_block", "n_routed_experts_per_layer")
 """Per-layer counts as written by EvoESAP, MoEITS and others (conventions.md, section 3.1)."""
+
+MAPPINGS = {
+    "router_map": "a router map",
+    "expert_map": "an expert map",
+    "constants": "constant experts",
+}
+"""How the choice of a gate that keeps the base model's rows is mapped (``LayerPlan.mapping``),
+in words."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,22 @@ class MoELayer:
     experts: int
     """Expert rows stored in the checkpoint."""
     top_k: int
-    """Experts active per token, at most ``experts``."""
+    """Choices per token, at most ``candidates``."""
     router_width: int
-    """Rows of the gate; other than ``experts`` only under a router map."""
-    has_router_map: bool = False
-    """The layer holds a router map [experts, router_width], possibly square (EEP without pruning,
-    methods.md section 2.1), so the widths alone do not tell."""
+    """Rows of the gate; other than ``experts`` only under a mapping."""
+    mapping: str = ""
+    """One of ``MAPPINGS``, or "": the gate has a row per expert. The widths alone do not tell: a
+    router map may be square (EEP without pruning, methods.md section 2.1)."""
+
+    @property
+    def has_router_map(self) -> bool:
+        """The layer holds a router map [experts, router_width]."""
+        return self.mapping == "router_map"
+
+    @property
+    def candidates(self) -> int:
+        """What the router takes its top-k of: experts, or rows of a gate that keeps the base's."""
+        return self.router_width if self.mapping in ("expert_map", "constants") else self.experts
 
 
 @dataclass(frozen=True)
@@ -102,9 +120,9 @@ class ModelSpec:
         layers = _layers(architecture, config, depth)
         router = _router(architecture, config)
         for layer in layers:
-            if layer.experts % router.groups:
+            if layer.candidates % router.groups:
                 raise ArchitectureError(
-                    f"config.json: layer {layer.index} has {layer.experts} experts, expected a "
+                    f"config.json: layer {layer.index} has {layer.candidates} experts, expected a "
                     f"multiple of n_group = {router.groups}"
                 )
         return cls(
@@ -120,9 +138,9 @@ class ModelSpec:
 
     @property
     def is_uniform(self) -> bool:
-        """One count, one top-k and no router map in all layers: stock classes can load it."""
+        """One count, one top-k and no mapping in all layers: stock classes can load it."""
         return len({(x.experts, x.top_k) for x in self.layers}) == 1 and not any(
-            x.has_router_map for x in self.layers
+            x.mapping for x in self.layers
         )
 
     def layer(self, index: int) -> MoELayer:
@@ -189,6 +207,7 @@ def _layers(
     overrides = _by_layer(config.get("per_layer_config") or {}, "per_layer_config", depth)
     block = read_block(config) or {}
     widths = _by_layer(block.get("router_width") or {}, f"{BLOCK_KEY}.router_width", depth)
+    mappings = _mappings(block, widths, depth)
     layers = []
     for index in indices:
         override = overrides.get(index, {})
@@ -202,13 +221,39 @@ def _layers(
         experts = _positive(counts[index] if stated is None else stated, where)
         k = _positive(override.get(architecture.top_k_key, top_k), architecture.top_k_key)
         width = _positive(widths.get(index, experts), f"router_width of layer {index}")
+        layer = MoELayer(index, experts, k, width, mappings.get(index, ""))
         # A layer with fewer experts than top-k activates all it has.
-        layers.append(MoELayer(index, experts, min(k, experts), width, index in widths))
+        layer = replace(layer, top_k=min(k, layer.candidates))
+        _check_mapping(layer)
+        layers.append(layer)
     if not layers:
         raise ArchitectureError(
             f"config.json: no layer of this {architecture.model_type} has experts"
         )
     return tuple(layers)
+
+
+def _mappings(block: Mapping[str, Any], widths: Mapping[int, Any], depth: int) -> dict[int, str]:
+    """By layer, for those with a ``router_width``; what older releases wrote are router maps."""
+    name = f"{BLOCK_KEY}.router_mapping"
+    stated = _by_layer(block.get("router_mapping") or {}, name, depth)
+    for index, mapping in stated.items():
+        if mapping not in MAPPINGS or index not in widths:
+            raise ArchitectureError(
+                f"config.json: {name} of layer {index} is {mapping!r}, expected one of "
+                f"{', '.join(MAPPINGS)} and a router_width"
+            )
+    return {index: stated.get(index, "router_map") for index in widths}
+
+
+def _check_mapping(layer: MoELayer) -> None:
+    """Constants stand for some experts at least; a map has every expert do some work."""
+    least = {"constants": layer.experts + 1, "expert_map": layer.experts}.get(layer.mapping, 1)
+    if layer.router_width < least:
+        raise ArchitectureError(
+            f"config.json: router_width of layer {layer.index} is {layer.router_width}, expected "
+            f"at least {least} with {layer.mapping} and {layer.experts} experts"
+        )
 
 
 def _counts(

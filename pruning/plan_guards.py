@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from liveprune.pruning.errors import PlanError
-from liveprune.pruning.model_spec import ModelSpec, MoELayer, Router
+from liveprune.pruning.model_spec import MAPPINGS, ModelSpec, MoELayer, Router
 from liveprune.pruning.plan import LayerPlan, Plan
 
 
@@ -43,10 +43,10 @@ def _check_layer(layer: LayerPlan, base: MoELayer, router: Router) -> None:
         raise PlanError(
             f"{where}: the plan is for {layer.experts} experts, the model has {base.experts}"
         )
-    if base.has_router_map and not layer.is_identity:
+    if base.mapping and not layer.is_identity:
         raise PlanError(
-            f"{where}: this checkpoint already has a router map ({base.router_width} gate rows, "
-            f"{base.experts} experts); expected the base model it was made from"
+            f"{where}: this checkpoint already has {MAPPINGS[base.mapping]} ({base.router_width} "
+            f"gate rows, {base.experts} experts); expected the base model it was made from"
         )
     if layer.top_k > base.top_k:
         raise PlanError(

@@ -200,10 +200,12 @@ def inspect(
     title = f"{found.kind} of {found.architecture}"
     if found.digest:
         title += f", plan {found.digest}"
-    table = Table("layer", "experts", "kept", "top-k", "bytes", title=title)
+    table = Table("layer", "experts", "kept", "top-k", "bytes", "mapping", title=title)
+    mappings = {"router_map": "router map", "expert_map": "mapped"}
     for layer in found.layers:
         size = "" if layer.bytes is None else f"{layer.bytes:,}"
-        table.add_row(str(layer.layer), str(layer.experts), str(layer.kept), str(layer.top_k), size)
+        counts = (str(x) for x in (layer.layer, layer.experts, layer.kept, layer.top_k))
+        table.add_row(*counts, size, mappings.get(layer.mapping, layer.mapping))
     console.print(table)
 
 

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 
 from liveprune.pruning.calibration.weights import LayerWeights, Weights
 from liveprune.pruning.errors import ArchitectureError, CheckpointError
-from liveprune.pruning.model_spec import BLOCK_KEY, LIST_KEYS, ModelSpec
+from liveprune.pruning.model_spec import BLOCK_KEY, LIST_KEYS, MAPPINGS, ModelSpec
 
 BLOCK = "mlp."
 """Every family's MoE or dense block below a transformers decoder layer."""
@@ -34,14 +34,14 @@ class StreamedModel:
 
         Raises:
             CheckpointError: the weights are quantised, missing or not safetensors.
-            ArchitectureError: the checkpoint has a router map, which only Liveprune's server runs.
+            ArchitectureError: the checkpoint has a mapping, which only Liveprune's server runs.
         """
-        mapped = [x.index for x in spec.layers if x.has_router_map]
-        if mapped:
-            raise ArchitectureError(
-                f"{model}: the layers {mapped} have a router map; expected the base model it was "
-                f"made from"
-            )
+        for layer in spec.layers:
+            if layer.mapping:
+                raise ArchitectureError(
+                    f"{model}: layer {layer.index} has {MAPPINGS[layer.mapping]}; expected the "
+                    f"base model it was made from"
+                )
         self.spec = spec
         self.device = torch.device(device)
         self.weights = Weights(model, spec)

@@ -1,8 +1,9 @@
 """Plan -> checkpoint, streaming: weights pass through as ranges of bytes and are never held.
 
 Kept experts are renumbered 0..E'-1 in ascending original order; gate rows and the router's other
-tensors are cut to match; merged experts are computed a chunk of elements at a time; all else is
-copied byte for byte. The folder appears whole or not at all.
+tensors are cut to match, or stay whole beside a mapping; merged experts are computed a chunk of
+elements, or one matrix, at a time; all else is copied byte for byte. The folder appears whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def apply_plan(model: Path, plan: Plan, output: Path, *, progress: Progress | No
     """Write the checkpoint that ``plan`` makes of ``model`` to the new folder ``output``.
 
     Keeps the layout (classic or fused) and the shards of ``model``; a shard left empty disappears.
-    Holds buffers of tens of MiB, whatever the size of the model; copies and merges run on a few
-    threads, ``progress`` is called on this one with (bytes written, bytes in all).
+    Holds buffers of tens of MiB, whatever the size of the model, and under a neuron map, on each
+    thread, one matrix of one expert in float32. Copies and merges run on a few threads,
+    ``progress`` is called on this one with (bytes written, bytes in all).
 
     Raises:
         PlanError: the plan does not fit, or would merge quantised experts.
@@ -92,7 +94,7 @@ def _fingerprints(folder: Path, spec: ModelSpec) -> dict[int, str]:
 def _refuse_quantised_merges(blocks: Sequence[LayerTensors], plan: Plan, spec: ModelSpec) -> None:
     for block in blocks:
         quantised = block.quantised(spec.architecture)
-        if quantised and plan.layer(block.layer.index).merge is not None:
+        if quantised and plan.layer(block.layer.index).merges:
             raise PlanError(
                 f"layer {block.layer.index}: the plan merges experts, but {quantised} is "
                 f"quantised; expected bfloat16, float16 or float32 weights, or a plan that only "

@@ -80,10 +80,12 @@ def _overrides(
 
 def _block(plan: Plan, spec: ModelSpec, fingerprints: Mapping[int, str] | None) -> dict[str, Any]:
     """What standard keys cannot say."""
-    widths = {}
+    widths, mappings = {}, {}
     for layer, base in zip(plan.layers, spec.layers, strict=True):
-        if layer.router_map is not None or base.has_router_map:
+        mapping = layer.mapping or base.mapping
+        if mapping:
             widths[str(layer.layer)] = base.router_width
+            mappings[str(layer.layer)] = mapping
     block: dict[str, Any] = {
         "version": BLOCK_VERSION,
         "plan": plan.digest,
@@ -92,6 +94,7 @@ def _block(plan: Plan, spec: ModelSpec, fingerprints: Mapping[int, str] | None) 
     }
     if widths:
         block["router_width"] = widths
+        block["router_mapping"] = mappings
     if fingerprints is not None:
         block["fingerprints"] = {str(index): value for index, value in fingerprints.items()}
     if spec.mtp_layers:
@@ -129,7 +132,7 @@ def _renamed(name: str, plan: Plan, spec: ModelSpec) -> str | None:
     layer = changed.get(int(index))
     if layer is None:
         return name
-    if layer.merge is not None:
+    if layer.merges:
         raise PlanError(
             f"config.json: {QUANTISATION_KEY} names {name!r}; expected no single experts of "
             f"layer {index}, which the plan merges"

@@ -21,15 +21,15 @@ HEAD_BYTES = 4096
 def fingerprint(block: LayerTensors, architecture: Architecture) -> str:
     """Return the layer's fingerprint, 32 hex digits.
 
-    blake2b over the gate, the other tensors of the router by name, the router map, and for each
-    expert the first 4096 bytes of its gate, up and down matrix. Classic and fused layouts of the
-    same weights give the same value.
+    blake2b over the gate, the other tensors of the router by name, the router map or the tensors
+    that stand in its place by name, and for each expert the first 4096 bytes of its gate, up and
+    down matrix. Classic and fused layouts of the same weights give the same value.
     """
     state = hashlib.blake2b(digest_size=16)
     for _, entry in sorted(block.gate.items(), key=lambda item: item[0]):
         state.update(entry.read())
-    if block.router_map is not None:
-        state.update(block.router_map.read())
+    for _, entry in sorted(block.mapping.items(), key=lambda item: item[0]):
+        state.update(entry.read())
     for expert in range(block.layer.experts):
         for entry, start, size in _matrices(block, expert, architecture):
             state.update(entry.read(start, min(size, HEAD_BYTES)))

@@ -26,6 +26,9 @@ class LayerInspection:
     top_k: int
     bytes: int | None
     """Stored bytes of the layer's routed experts; None for a plan, which holds no weights."""
+    mapping: str
+    """``router_map``, ``expert_map`` or ``constants`` where the gate keeps the rows of the base
+    model, else ""."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Inspection:
         return sum(sizes) if sizes else None
 
     def to_json(self) -> dict[str, Any]:
-        """``{"layers": [{"layer", "experts", "kept", "top_k", "bytes"}], ...}``."""
+        """``{"layers": [{"layer", "experts", "kept", "top_k", "bytes", "mapping"}], ...}``."""
         form = asdict(self)
         form["layers"] = [asdict(layer) for layer in self.layers]
         form["totals"] = {
@@ -87,7 +90,8 @@ def inspect(path: Path, spec: ModelSpec | None = None) -> Inspection:
         architecture=plan.architecture,
         num_hidden_layers=plan.num_hidden_layers,
         layers=tuple(
-            LayerInspection(x.layer, x.experts, x.kept_experts, x.top_k, None) for x in plan.layers
+            LayerInspection(x.layer, x.experts, x.kept_experts, x.top_k, None, x.mapping)
+            for x in plan.layers
         ),
         digest=plan.digest,
         base_model=plan.base_model or None,
@@ -110,6 +114,7 @@ def _inspect_model(path: Path) -> Inspection:
             kept=x.layer.experts,
             top_k=x.layer.top_k,
             bytes=x.expert_bytes,
+            mapping=x.layer.mapping,
         )
         for x in layer_tensors(checkpoint.tensors, spec)
     ]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from liveprune.pruning.architectures import Architecture
+from liveprune.pruning.checkpoint.mapping_tensors import check_mapping, mapping_names
 from liveprune.pruning.checkpoint.safetensors_io import TensorEntry
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec, MoELayer, count_value, read_block
@@ -35,7 +36,8 @@ class LayerTensors:
     """Classic layout: expert id -> name below ``experts.ID.`` -> tensor."""
     fused: dict[str, TensorEntry] = field(default_factory=dict)
     """Fused layout: name below ``prefix`` -> tensor with one slice per expert."""
-    router_map: TensorEntry | None = None
+    mapping: dict[str, TensorEntry] = field(default_factory=dict)
+    """Ours, beside a gate that keeps the base model's rows (``mapping_tensors``)."""
 
     def expert_tensors(self) -> Iterator[TensorEntry]:
         """All tensors that hold expert weights."""
@@ -78,7 +80,7 @@ def layer_tensors(tensors: Mapping[str, TensorEntry], spec: ModelSpec) -> tuple[
                 _sort_in(block, name.removeprefix(block.prefix), entry, spec.architecture)
     for block in found.values():
         _check_gate(block, spec)
-        _check_router_map(block, spec.architecture)
+        check_mapping(block.mapping, block.layer, spec.architecture, spec.hidden_size)
         if block.fused:
             _check_fused(block, spec)
         else:
@@ -99,8 +101,8 @@ def _sort_in(
             block.fused[name] = entry
     elif name.startswith(f"{gate}.") or name in architecture.side_tensors:
         block.gate[name] = entry
-    elif name == architecture.router_map:
-        block.router_map = entry
+    elif name in mapping_names(architecture):
+        block.mapping[name] = entry
 
 
 def _check_gate(block: LayerTensors, spec: ModelSpec) -> None:
@@ -118,28 +120,6 @@ def _check_gate(block: LayerTensors, spec: ModelSpec) -> None:
                 f"{entry.name}: shape is {list(entry.shape)}, expected {list(expected)} "
                 f"(layer {block.layer.index} routes over {width} experts)"
             )
-
-
-def _check_router_map(block: LayerTensors, architecture: Architecture) -> None:
-    layer, entry = block.layer, block.router_map
-    name = f"{block.prefix}{architecture.router_map}"
-    expected = (layer.experts, layer.router_width)
-    if layer.has_router_map and entry is None:
-        raise CheckpointError(
-            f"{name}: not found; layer {layer.index} has {layer.router_width} gate rows for "
-            f"{layer.experts} experts, expected a router map {list(expected)}"
-        )
-    if entry is None:
-        return
-    if not layer.has_router_map:
-        raise CheckpointError(
-            f"{name}: found a router map; expected none, the config states no router_width for "
-            f"layer {layer.index}"
-        )
-    if entry.shape != expected or entry.dtype != "F32":
-        raise CheckpointError(
-            f"{name}: found {entry.dtype} {list(entry.shape)}, expected F32 {list(expected)}"
-        )
 
 
 def _check_experts(block: LayerTensors, spec: ModelSpec) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,7 @@ class Merge:
         """
         import torch
 
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[self.dtype]
+        dtype = torch_dtype(self.dtype)
         rows, used = len(self.coefficients), np.flatnonzero(self.coefficients.any(axis=0))
         sources = [self.sources[i] for i in used]
         weights = torch.from_numpy(self.coefficients[:, used])
@@ -74,23 +74,47 @@ class Merge:
                 read_into(files[source.path], view[:count], source.start + start)
             part = buffer[:, : count // item]
             mixed = weights @ part.float()
-            self._check_range(mixed, part, sources, torch.finfo(dtype).max)
+            check_range(mixed, self.dtype, zip(sources, part, strict=True))
             result = mixed.to(dtype)
             yield start, [memoryview(row.view(torch.uint8).numpy()) for row in result]
 
-    def _check_range(
-        self, mixed: torch.Tensor, part: torch.Tensor, sources: list[Span], limit: float
-    ) -> None:
-        # NaN spreads to the minimum and the maximum, and compares as false.
-        low, high = (float(x) for x in mixed.aminmax())
-        if -limit <= low and high <= limit:
-            return
-        for source, values in zip(sources, part, strict=True):
-            if not values.isfinite().all():
-                raise CheckpointError(
-                    f"{source.name}: found NaN or infinity, expected finite weights to merge"
-                )
-        raise PlanError(
-            f"{self.sources[0].name} and others: merged values reach {low:g} to {high:g}, "
-            f"expected at most {limit:g} in {self.dtype}"
-        )
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Of an element type that can be added up, by its name in safetensors."""
+    import torch
+
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+
+
+def check_range(
+    mixed: torch.Tensor, dtype: str, sources: Iterable[tuple[Span, torch.Tensor]]
+) -> None:
+    """Refuse sums that ``dtype`` cannot hold.
+
+    Args:
+        mixed: float32, not empty.
+        dtype: safetensors name.
+        sources: what was added up, at least one; looked at only if something is amiss.
+
+    Raises:
+        CheckpointError: a source holds NaN or infinity.
+        PlanError: the result is beyond the range.
+    """
+    import torch
+
+    limit = torch.finfo(torch_dtype(dtype)).max
+    # NaN spreads to the minimum and the maximum, and compares as false.
+    low, high = (float(x) for x in mixed.aminmax())
+    if -limit <= low and high <= limit:
+        return
+    names = []
+    for source, values in sources:
+        names.append(source.name)
+        if not values.isfinite().all():
+            raise CheckpointError(
+                f"{source.name}: found NaN or infinity, expected finite weights to merge"
+            )
+    raise PlanError(
+        f"{names[0]} and others: merged values reach {low:g} to {high:g}, expected at most "
+        f"{limit:g} in {dtype}"
+    )

@@ -7,10 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.model_spec import MAPPINGS, ModelSpec
 from liveprune.pruning.plan import LayerPlan, Plan
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+_MAPPED = {
+    "router_map": "`router_map` tensors: scores are the map times the softmax over those experts",
+    "expert_map": "`expert_map` tensors: the expert here that does each one's work",
+    "constants": "`expert_map` and `constants` tensors: those at -1 return a constant vector",
+}
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)\n---\s", re.DOTALL)
 
 
@@ -69,11 +74,13 @@ def _usage(spec: ModelSpec) -> str:
             "An ordinary checkpoint: `transformers`, `vllm serve` and `liveprune serve` load it "
             "without changes."
         )
-    if any(layer.has_router_map for layer in spec.layers):
+    mappings = sorted({layer.mapping for layer in spec.layers if layer.mapping})
+    if mappings:
+        said = "; ".join(_MAPPED[mapping] for mapping in mappings)
         return (
-            "`liveprune serve PATH`. Layers with a router map (`router_map` tensors: scores are "
-            "the map times the softmax over the base model's experts) need Liveprune; stock "
-            "`transformers` and vLLM refuse this checkpoint."
+            f"`liveprune serve PATH`. The gates of some layers keep a row for each expert of the "
+            f"base model ({said}). They need Liveprune: stock `transformers` and vLLM cannot run "
+            f"this checkpoint."
         )
     return (
         "`liveprune serve PATH`. The counts of each layer are in `per_layer_config`, the standard "
@@ -104,11 +111,13 @@ def _rows(plan: Plan) -> str:
 
 
 def _change(layer: LayerPlan) -> str:
-    if layer.router_map is not None:
-        return "merged, with a router map"
-    if layer.merge is not None:
-        return "merged"
-    return "none" if layer.is_identity else "kept " + ", ".join(map(str, layer.kept))
+    if layer.is_identity:
+        return "none"
+    if layer.merges:
+        change = "merged" if layer.neuron_map is None else "merged neuron by neuron"
+        return f"{change}, with {MAPPINGS[layer.mapping]}" if layer.mapping else change
+    kept = "kept " + ", ".join(map(str, layer.kept))
+    return f"{kept}; the others constants" if layer.constants is not None else kept
 
 
 def _licence(model: Path) -> dict[str, Any]:

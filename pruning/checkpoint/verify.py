@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from liveprune.pruning.checkpoint.fingerprint import fingerprint
 from liveprune.pruning.checkpoint.layer_tensors import LayerTensors, layer_tensors
+from liveprune.pruning.checkpoint.mapping_tensors import check_finite_mapping
 from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint
 from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec, read_block
@@ -22,7 +23,7 @@ _CHUNK = 1 << 24
 def verify_checkpoint(model: Path) -> None:
     """Check a base or pruned checkpoint by its headers, and by fingerprints where it has them.
 
-    Reads the router and 12 KiB of each expert, never whole weights.
+    Reads the router with its mapping and 12 KiB of each expert, never whole weights.
 
     Raises:
         CheckpointError: names the tensor or layer, what was found and what was expected.
@@ -33,6 +34,8 @@ def verify_checkpoint(model: Path) -> None:
     if (model / CHECKPOINT_PLAN).exists():
         _check_plan(load_plan(model), spec)
     blocks = layer_tensors(read_checkpoint(model).tensors, spec)
+    for block in blocks:
+        check_finite_mapping(block.mapping)
     stated = (read_block(spec.config) or {}).get("fingerprints")
     if stated is not None:
         _check_fingerprints(blocks, {int(k): str(v) for k, v in stated.items()}, spec)
@@ -53,6 +56,13 @@ def _check_plan(plan: Plan, spec: ModelSpec) -> None:
             raise CheckpointError(
                 f"config.json: layer {index} has (experts, top-k) {found.get(index)}, expected "
                 f"{expected.get(index)} as in {CHECKPOINT_PLAN}"
+            )
+    for layer, base in zip(plan.layers, spec.layers, strict=True):
+        # One that changes nothing leaves the mapping of the model it was applied to.
+        if layer.mapping != base.mapping and not layer.is_identity:
+            raise CheckpointError(
+                f"config.json: layer {base.index} has the mapping {base.mapping or 'none'}, "
+                f"expected {layer.mapping or 'none'} as in {CHECKPOINT_PLAN}"
             )
 
 

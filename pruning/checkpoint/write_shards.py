@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from liveprune.pruning.checkpoint.merge import Merge, Span
+from liveprune.pruning.checkpoint.neuron_merge import NeuronMerge
 from liveprune.pruning.checkpoint.rewrite import Literal, MergedRow, Output, Part
 from liveprune.pruning.checkpoint.shard_writer import ShardWriter
 
@@ -44,7 +45,7 @@ def write_shards(
         for path in sources:
             files[path] = os.open(path, os.O_RDONLY)
             stack.callback(os.close, files[path])
-        targets: dict[Merge, dict[int, tuple[ShardWriter, int]]] = {}
+        targets: dict[Merge | NeuronMerge, dict[int, tuple[ShardWriter, int]]] = {}
         tasks: list[Callable[[], None]] = []
         writers = []
         for name, tensors in shards.items():
@@ -100,7 +101,9 @@ def _copy(writer: ShardWriter, tensors: Sequence[Output], files: Mapping[Path, i
 
 
 def _merge(
-    merge: Merge, rows: Mapping[int, tuple[ShardWriter, int]], files: Mapping[Path, int]
+    merge: Merge | NeuronMerge,
+    rows: Mapping[int, tuple[ShardWriter, int]],
+    files: Mapping[Path, int],
 ) -> None:
     for start, chunks in merge.chunks(files):
         for row, data in enumerate(chunks):

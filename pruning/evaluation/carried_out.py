@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liveprune.pruning.evaluation.mapped_experts import MappedExperts
 from liveprune.pruning.model_spec import ModelSpec, Router
+from liveprune.pruning.neuron_sources import neuron_sources
 from liveprune.pruning.plan import SMALLEST_SUM, LayerPlan, Plan
 
 
@@ -17,8 +19,8 @@ from liveprune.pruning.plan import SMALLEST_SUM, LayerPlan, Plan
 def carried_out(model: Any, spec: ModelSpec, plan: Plan | None) -> Iterator[None]:
     """Run ``model``, the stock model of ``spec``, under ``plan``; the full model comes back after.
 
-    Removed experts are sliced off with their gate rows and side tensors. Merged experts are sums
-    in float32, rounded to the model's dtype.
+    Removed experts are sliced off, and their gate rows and side tensors unless the layer's form
+    keeps them. Merged experts are sums in float32, rounded to the model's dtype.
     """
     with ExitStack() as stack:
         for layer in plan.layers if plan is not None else ():
@@ -32,7 +34,11 @@ def layer_carried_out(block: Any, spec: ModelSpec, layer: LayerPlan) -> Iterator
     """Run one MoE block of the stock model under its part of a plan, see ``carried_out``."""
     with ExitStack() as stack:
         stack.enter_context(_experts(block.experts, layer))
-        if layer.router_map is None:
+        if layer.mapping in ("expert_map", "constants"):
+            mapped = MappedExperts(block.experts, layer, block.gate.weight.device)
+            stack.enter_context(_changed(block, experts=mapped))
+            stack.enter_context(_changed(block.gate, top_k=layer.top_k))
+        elif layer.router_map is None:
             side = [name.removeprefix("gate.") for name in spec.architecture.side_tensors]
             stack.enter_context(_sliced_gate(block.gate, layer, side))
         else:
@@ -48,7 +54,11 @@ def _experts(experts: Any, layer: LayerPlan) -> Iterator[None]:
         yield
         return
     names = ("gate_up_proj", "down_proj")
-    changed = {name: _rows(getattr(experts, name), layer) for name in names}
+    if layer.neuron_map is None:
+        changed = {name: _rows(getattr(experts, name), layer) for name in names}
+    else:
+        gathered = _gathered(experts.gate_up_proj, experts.down_proj, layer)
+        changed = dict(zip(names, gathered, strict=True))
     with _changed(experts, **changed, num_experts=layer.kept_experts):
         yield
 
@@ -60,6 +70,25 @@ def _rows(weight: Tensor, layer: LayerPlan) -> nn.Parameter:
     merge = torch.tensor(layer.merge, device=weight.device)
     merged = torch.tensordot(merge, weight.float(), dims=1).to(weight.dtype)
     return nn.Parameter(merged, requires_grad=False)
+
+
+def _gathered(gate_up: Tensor, down: Tensor, layer: LayerPlan) -> tuple[nn.Parameter, ...]:
+    """[kept, 2 * ffn, hidden] and [kept, hidden, ffn], neuron by neuron."""
+    _, hidden, ffn = down.shape
+    # Rows of the gate and up halves and columns of down alike: [experts, 3, ffn, hidden].
+    new = gate_up.new_zeros((layer.kept_experts, 3, ffn, hidden))
+    for j in range(layer.kept_experts):
+        total = torch.zeros(3, ffn, hidden, device=new.device)
+        for source in neuron_sources(layer, j):
+            halves = gate_up[source.expert].view(2, ffn, hidden)
+            matrices = torch.cat([halves, down[source.expert].T[None]])
+            part = matrices[:, torch.from_numpy(source.neurons)].float()
+            weights = torch.from_numpy(source.weights).to(part.device)
+            targets = torch.from_numpy(source.targets).to(part.device)
+            total.index_add_(1, targets, part * weights[:, None])
+        new[j] = total.to(new.dtype)
+    merged = (new[:, :2].reshape(-1, 2 * ffn, hidden), new[:, 2].transpose(1, 2).contiguous())
+    return tuple(nn.Parameter(weight, requires_grad=False) for weight in merged)
 
 
 @contextmanager

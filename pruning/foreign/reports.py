@@ -109,14 +109,16 @@ def write_llm_compressor_report(plan: Plan, path: Path) -> None:
     are lost. Reading it back with the same model and ``top_k`` gives an equal plan.
 
     Raises:
-        PlanError: the plan merges experts, which kept ids cannot say.
+        PlanError: the plan has a field that kept ids cannot say, a merge for one.
     """
-    merged = [layer.layer for layer in plan.layers if layer.merge is not None]
-    if merged:
-        raise PlanError(
-            f"plan: merges experts in the layers {merged}; an llm-compressor report states kept "
-            "ids only, expected a plan without merges"
-        )
+    for layer in plan.layers:
+        beyond = [name.rpartition(".")[2] for name in layer.matrices()]
+        beyond += ["expert_map"] if layer.expert_map else []
+        if beyond:
+            raise PlanError(
+                f"layer {layer.layer}: found {', '.join(beyond)}; an llm-compressor report states "
+                f"kept ids only, expected a plan without"
+            )
     architecture = ARCHITECTURES.get(plan.architecture)
     if architecture is None:
         raise PlanError(

@@ -131,13 +131,32 @@ def test_round_trip(tmp_path: Path, kept: tuple[tuple[int, ...], ...], top_k: in
     assert read_any_plan(path, DEEPSEEK, top_k=top_k) == plan
 
 
-def test_merges_do_not_fit_a_report(tmp_path: Path) -> None:
-    matrix = np.eye(10)[:4]
-    for fields in ({"kept": (0, 1, 2, 3)}, {"router_map": matrix}):
-        layer = LayerPlan(2, 10, 3, merge=matrix, **fields)  # type: ignore[arg-type]
-        plan = Plan("deepseek_v2", 4, (layer,), Lineage("eep"))
-        with pytest.raises(PlanError, match=r"merges experts in the layers \[2\]"):
-            write_llm_compressor_report(plan, tmp_path / "report.json")
+FOUR = np.eye(10, dtype=np.float32)[:4]
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (LayerPlan(2, 10, 3, (0, 1, 2, 3), merge=FOUR), "merge"),
+        (LayerPlan(2, 10, 3, merge=FOUR, router_map=FOUR), "merge, router_map"),
+        (LayerPlan(2, 10, 3, merge=FOUR, expert_map=(*range(4), *[3] * 6)), "merge, expert_map"),
+        (LayerPlan(2, 10, 3, (0, 4), constants=np.ones((8, 5))), "constants"),
+        (
+            LayerPlan(2, 10, 1, (4,), neuron_map=np.zeros((10, 1), int), neuron_shares=np.ones(10)),
+            "neuron_map, neuron_shares",
+        ),
+    ],
+)
+def test_more_than_kept_ids_does_not_fit_a_report(
+    layer: LayerPlan, found: str, tmp_path: Path
+) -> None:
+    plan = Plan("deepseek_v2", 4, (layer,), Lineage("eep"))
+    with pytest.raises(PlanError, match=f"layer 2: found {found}; .* states kept ids only"):
+        write_llm_compressor_report(plan, tmp_path / "report.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_architecture_of_a_report_is_known(tmp_path: Path) -> None:
     odd = Plan("other", 1, (LayerPlan(0, 4, 1, kept=(0, 1)),), Lineage("x"))
     with pytest.raises(PlanError, match="architecture is 'other', expected one of deepseek_v2"):
         write_llm_compressor_report(odd, tmp_path / "report.json")
