@@ -47,7 +47,7 @@ class TransformersEngine:
         self._spec = ModelSpec.from_path(model)
         if not self._spec.is_uniform:
             raise ArchitectureError(
-                f"{model}: layers differ in experts or hold router maps, expected a checkpoint "
+                f"{model}: layers differ in experts or hold mappings, expected a checkpoint "
                 f"that stock transformers loads"
             )
         self._model = _load(model, getattr(torch, dtype), device)

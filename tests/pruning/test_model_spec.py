@@ -40,6 +40,11 @@ LATENT = {
 }
 
 
+def mapped(mapping: dict[str, str], widths: dict[str, int] | None = None) -> dict[str, Any]:
+    widths = dict.fromkeys(mapping, 16) if widths is None else widths
+    return {"version": 1, "router_width": widths, "router_mapping": mapping}
+
+
 def config(family: str, **changes: Any) -> dict[str, Any]:
     merged = {"model_type": family, **SIZES, **CONFIGS[family], **changes}
     return {key: value for key, value in merged.items() if value is not ...}
@@ -190,6 +195,37 @@ def test_the_block_states_router_maps() -> None:
     assert not spec.is_uniform
 
 
+def test_the_block_states_other_mappings() -> None:
+    """Their gates choose among the rows that they keep: top-k may exceed the experts."""
+    block = {
+        "version": 1,
+        "router_width": {"0": 8, "1": 8, "2": 2, "3": 8},
+        "router_mapping": {"0": "expert_map", "1": "constants", "2": "expert_map"},
+    }
+    spec = ModelSpec.from_config(config("mixtral", num_local_experts=1, liveprune=block))
+    assert [(x.top_k, x.candidates, x.mapping, x.has_router_map) for x in spec.layers] == [
+        (2, 8, "expert_map", False),
+        (2, 8, "constants", False),
+        (2, 2, "expert_map", False),
+        (1, 1, "router_map", True),  # as written before there were others
+    ]
+    assert not spec.is_uniform
+    wide = config("mixtral", num_local_experts=1, num_experts_per_tok=9, liveprune=block)
+    assert [x.top_k for x in ModelSpec.from_config(wide).layers] == [8, 8, 2, 1]
+
+
+def test_groups_are_of_gate_rows() -> None:
+    """Three experts do not split into four groups; the eight rows that choose them do."""
+    widths = dict.fromkeys("123", 8)
+    block = {"version": 1, "router_width": widths}
+    for mapping in ("expert_map", "constants"):
+        block["router_mapping"] = dict.fromkeys("123", mapping)
+        made = config("deepseek_v3", n_routed_experts=3, liveprune=block)
+        assert {x.experts for x in ModelSpec.from_config(made).layers} == {3}
+    with pytest.raises(ArchitectureError, match="has 3 experts, expected a multiple"):
+        ModelSpec.from_config(config("deepseek_v3", n_routed_experts=3))
+
+
 def test_read_block() -> None:
     assert read_block({}) is None
     assert read_block({"liveprune": {"version": 1, "plan": "x"}}) == {"version": 1, "plan": "x"}
@@ -240,6 +276,27 @@ def test_unknown_blocks_fail_closed(block: object) -> None:
             "mixtral",
             {"liveprune": {"version": 1, "router_width": {"0": "8"}}},
             "router_width of layer 0 = '8'",
+        ),
+        (
+            "mixtral",
+            {"liveprune": mapped({"1": "permutation"})},
+            "router_mapping of layer 1 is 'permutation', expected one of router_map, expert_map, c",
+        ),
+        (
+            "mixtral",
+            {"liveprune": mapped({"0": "constants"}, {"1": 9})},
+            "router_mapping of layer 0 is 'constants', expected .* and a router_width",
+        ),
+        ("mixtral", {"liveprune": mapped({"4": "constants"})}, "states the layers .*4"),
+        (
+            "mixtral",
+            {"liveprune": mapped({"1": "constants"}, {"1": 8})},
+            "router_width of layer 1 is 8, expected at least 9 with constants and 8 experts",
+        ),
+        (
+            "mixtral",
+            {"liveprune": mapped({"1": "expert_map"}, {"1": 7})},
+            "router_width of layer 1 is 7, expected at least 8 with expert_map and 8 experts",
         ),
         ("qwen2_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "no layer of this qwen2_moe has experts"),
         ("deepseek_v3", {"scoring_func": "tanh"}, "scoring_func is 'tanh'; expected 'softmax'"),

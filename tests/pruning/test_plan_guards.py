@@ -152,6 +152,30 @@ def test_every_layer_with_experts_is_stated_and_no_other() -> None:
             r"layer 1: this checkpoint already has a router map \(12 gate rows, 8 experts\)",
         ),
         (
+            {
+                **MIXTRAL,
+                "liveprune": {
+                    "version": 1,
+                    "router_width": {"1": 9},
+                    "router_mapping": {"1": "expert_map"},
+                },
+            },
+            changed(kept=(0, 1), constants=np.ones((6, 32))),
+            r"layer 1: this checkpoint already has an expert map \(9 gate rows, 8 experts\)",
+        ),
+        (
+            {
+                **MIXTRAL,
+                "liveprune": {
+                    "version": 1,
+                    "router_width": {"1": 9},
+                    "router_mapping": {"1": "constants"},
+                },
+            },
+            changed(kept=(), merge=HALF, expert_map=(0, 1, 2, 3) * 2),
+            r"layer 1: this checkpoint already has constant experts \(9 gate rows, 8 experts\)",
+        ),
+        (
             {**MIXTRAL, "liveprune": {"version": 1, "router_width": {"1": 8}}},
             changed(kept=(0, 1)),
             r"layer 1: this checkpoint already has a router map \(8 gate rows, 8 experts\)",

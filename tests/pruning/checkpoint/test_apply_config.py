@@ -103,6 +103,7 @@ def test_router_maps_are_stated_even_when_square() -> None:
     ]
     result = apply_config(config, plan_of(spec, layers), spec)
     assert result["liveprune"]["router_width"] == {"0": 8, "1": 8}
+    assert result["liveprune"]["router_mapping"] == {"0": "router_map", "1": "router_map"}
     after = ModelSpec.from_config(result)
     assert [(x.experts, x.router_width, x.has_router_map) for x in after.layers] == [
         (8, 8, True),

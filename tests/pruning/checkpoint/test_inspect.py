@@ -13,6 +13,7 @@ from liveprune.pruning.checkpoint.inspect import inspect
 from liveprune.pruning.errors import CheckpointError, PlanError
 from liveprune.pruning.plan_io import save_plan
 from tests.checkpoints import edited, make_plan, merge_plan
+from tests.forms import form_plan
 
 TinyModel = Callable[..., Path]
 # Three float32 matrices of 64 by 48 (Mixtral) or 64 by 32 (DeepSeek-V2).
@@ -24,7 +25,7 @@ def test_a_base_model(tiny_model: TinyModel) -> None:
     """Layer 0 is dense."""
     base = tiny_model("deepseek_v2")
     found = inspect(base)
-    layer = {"experts": 8, "kept": 8, "top_k": 2, "bytes": 8 * DEEPSEEK_EXPERT}
+    layer = {"experts": 8, "kept": 8, "top_k": 2, "bytes": 8 * DEEPSEEK_EXPERT, "mapping": ""}
     form = json.loads(json.dumps(found.to_json()))
     assert form["layers"] == [{"layer": 1, **layer}, {"layer": 2, **layer}]
     assert form["totals"] == {"experts": 16, "kept": 16, "expert_bytes": 16 * DEEPSEEK_EXPERT}
@@ -54,10 +55,27 @@ def test_a_plan(tiny_model: TinyModel, tmp_path: Path) -> None:
     save_plan(plan, tmp_path / "plan.json")
     found = inspect(tmp_path / "plan.json")
     form = found.to_json()
-    row = {"experts": 8, "kept": 3, "top_k": 2, "bytes": None}
+    row = {"experts": 8, "kept": 3, "top_k": 2, "bytes": None, "mapping": "router_map"}
     assert form["layers"] == [{"layer": i, **row} for i in range(3)]
     assert form["totals"] == {"experts": 24, "kept": 9, "expert_bytes": None}
     assert (found.kind, found.digest, found.router_maps) == ("plan", plan.digest, 3)
+
+
+@pytest.mark.parametrize(
+    ("form", "mapping"),
+    [("constants", "constants"), ("merge+map", "expert_map"), ("neurons+kept", "")],
+)
+def test_every_form(form: str, mapping: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    base = tiny_model("mixtral")
+    plan = form_plan(base, form, kept=(1, 2, 7))
+    save_plan(plan, tmp_path / "plan.json")
+    apply_plan(base, plan, tmp_path / "out")
+    for path, size in ((tmp_path / "plan.json", None), (tmp_path / "out", 3 * MIXTRAL_EXPERT)):
+        found = inspect(path)
+        assert [(x.experts, x.kept, x.top_k, x.bytes, x.mapping) for x in found.layers] == [
+            (8, 3, 2, size, mapping)
+        ] * 3
+        assert (found.digest, found.router_maps) == (plan.digest, 0)
 
 
 def test_groups_router_maps_and_quantisation(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from liveprune.pruning.checkpoint.model_card import model_card
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from tests.checkpoints import edited, make_plan, merge_plan
+from tests.forms import form_plan
 
 TinyModel = Callable[..., Path]
 
@@ -55,6 +56,23 @@ def test_cards_of_layers_that_differ(tiny_model: TinyModel) -> None:
     assert "| 0 | 8 | 4 | 2 | merged, with a router map |" in card
     assert "need Liveprune" in card
     assert "| 0 | 8 | 2 | 2 | merged |" in card_of(base, merge_plan(base, 2, kept=(0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "usage"),
+    [
+        ("constants", "kept 0, 3, 4, 6; the others constants", "those at -1 return a constant"),
+        ("merge+map", "merged, with an expert map", "does each one's work"),
+        ("neurons+map", "merged neuron by neuron, with an expert map", "does each one's work"),
+        ("neurons+kept", "merged neuron by neuron", "`vllm serve` and `liveprune serve` load it"),
+    ],
+)
+def test_cards_of_every_form(form: str, change: str, usage: str, tiny_model: TinyModel) -> None:
+    base = tiny_model("mixtral")
+    card = card_of(base, form_plan(base, form))
+    assert f"| 1 | 8 | 4 | 2 | {change} |" in card
+    assert usage in card
+    assert ("need Liveprune" in card) == (form != "neurons+kept")
 
 
 @pytest.mark.parametrize(
