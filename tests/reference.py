@@ -31,10 +31,15 @@ def pruned_model(base: Path, plan: Plan) -> Any:
 
 def _prune_block(block: Any, layer: LayerPlan) -> None:
     gate, experts = block.gate, block.experts
+    if layer.constants is not None or layer.expert_map:
+        _map_block(gate, experts, layer)
+        return
     kept = list(layer.kept)
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(experts, name).data
-        if layer.merge is None:
+        if layer.neuron_map is not None:
+            weight = _gathered(weight, layer, name)
+        elif layer.merge is None:
             weight = weight[kept]
         else:
             mixed = torch.einsum("ji,iab->jab", torch.tensor(layer.merge).double(), weight.double())
@@ -51,6 +56,65 @@ def _prune_block(block: Any, layer: LayerPlan) -> None:
     bias = getattr(gate, "e_score_correction_bias", None)
     if bias is not None:
         gate.e_score_correction_bias = bias[kept]
+
+
+def _gathered(weight: torch.Tensor, layer: LayerPlan, name: str) -> torch.Tensor:
+    """Neuron by neuron, in float64. gate_up [E, 2 ffn, hidden]: rows n and ffn + n are neuron n."""
+    assert layer.neuron_map is not None
+    assert layer.neuron_shares is not None
+    ffn = layer.neuron_map.shape[1]
+    new = torch.zeros(layer.kept_experts, *weight.shape[1:], dtype=torch.float64)
+    total = torch.zeros(layer.kept_experts * ffn, dtype=torch.float64)
+    for expert, targets in enumerate(layer.neuron_map.tolist()):
+        share = float(layer.neuron_shares[expert])
+        for neuron, target in enumerate(targets):
+            if target < 0:
+                continue
+            total[target] += share
+            j, m = divmod(target, ffn)
+            old = weight[expert].double()
+            if name == "down_proj":
+                new[j, :, m] += share * old[:, neuron]
+            else:
+                new[j, m] += share * old[neuron]
+                new[j, ffn + m] += share * old[ffn + neuron]
+    total = total.view(-1, ffn)
+    scale = total[:, None, :] if name == "down_proj" else torch.cat([total, total], 1)[:, :, None]
+    return (new / scale).float()
+
+
+def _map_block(gate: Any, experts: Any, layer: LayerPlan) -> None:
+    """The gate stays; each old expert computes as a new one, or answers with its constant."""
+    gate.top_k = layer.top_k
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name).data
+        if layer.neuron_map is not None:
+            new = _gathered(weight, layer, name)
+        elif layer.merge is not None:
+            new = torch.einsum("ji,iab->jab", torch.tensor(layer.merge).double(), weight.double())
+        else:
+            new = weight
+        if layer.expert_map:
+            # A copy for each old expert: what "has its work done by" means.
+            setattr(experts, name, torch.nn.Parameter(new.float()[list(layer.expert_map)]))
+    if layer.constants is None:
+        return
+    vectors = dict(zip(layer.pruned, torch.tensor(layer.constants), strict=True))
+    original = experts.forward
+
+    def forward(hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+        output = torch.zeros_like(hidden_states)
+        for slot in range(ids.shape[1]):
+            for expert in range(layer.experts):
+                chosen = (ids[:, slot] == expert).nonzero()[:, 0]
+                if expert in vectors:
+                    output[chosen] += weights[chosen, slot, None] * vectors[expert]
+                elif len(chosen):
+                    one = ids[chosen, slot, None], weights[chosen, slot, None]
+                    output[chosen] += original(hidden_states[chosen], *one)
+        return output
+
+    experts.forward = forward
 
 
 def _eep_forward(self: Any, hidden_states: torch.Tensor) -> Any:

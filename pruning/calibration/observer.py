@@ -20,9 +20,8 @@ from liveprune.pruning.calibration.statistics import (
     LayerStatistics,
     RoutingStatistics,
 )
-from liveprune.pruning.calibration.streamed import StreamedModel
+from liveprune.pruning.calibration.streamed import StreamedModel, expert_output
 from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
-from liveprune.pruning.errors import CheckpointError
 from liveprune.pruning.model_spec import ModelSpec
 
 Progress = Callable[[int, int], None]
@@ -89,12 +88,7 @@ def _observe_layer(
             mask = torch.from_numpy(batch.attention_mask)
             if watch is not None:
                 watch.real = mask.reshape(-1).bool()
-            hidden[i] = stream.run(hidden[i], mask).cpu()
-            if not torch.isfinite(hidden[i][mask.bool()]).all():
-                raise CheckpointError(
-                    f"layer {index}: hidden states hold NaN or infinity; expected sound weights, "
-                    f"in a dtype wide enough for this model"
-                )
+            hidden[i] = stream.advance(hidden[i], mask, index)
             step(i)
         return watch.statistics() if watch is not None else None
 
@@ -215,20 +209,15 @@ class _WatchedExperts(nn.Module):
         dense = "dense" in self._watch.extras
         for expert, count in enumerate(counts):
             if dense:
-                self._watch.add_dense(expert, self._expert(expert, hidden_states[kept]))
+                self._watch.add_dense(expert, expert_output(self, expert, hidden_states[kept]))
             if not count:
                 continue
             part = slice(start, start + count)
             start += count
-            f = self._expert(expert, hidden_states.index_select(0, tokens[part]))
+            f = expert_output(self, expert, hidden_states.index_select(0, tokens[part]))
             self._watch.add_outputs(expert, f, weights[part])
             norms.append(torch.linalg.vector_norm(f, dim=-1, dtype=torch.float32))
             self._watch.largest(expert, f.max().float())
             output.index_add_(0, tokens[part], (f * weights[part, None]).to(output.dtype))
         self._watch.add(experts, tokens, weights, torch.cat(norms), output)
         return output
-
-    def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = nn.functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        hidden: Tensor = self.act_fn(gate) * up
-        return nn.functional.linear(hidden, self.down_proj[expert])

@@ -93,6 +93,20 @@ class StreamedModel:
         )[0]
         return output
 
+    def advance(self, hidden: Tensor, attention_mask: Tensor, index: int) -> Tensor:
+        """Like ``run``; the result is checked and in main memory.
+
+        Raises:
+            CheckpointError: after layer ``index`` a token that is not padding has NaN or infinity.
+        """
+        after = self.run(hidden, attention_mask).cpu()
+        if not torch.isfinite(after[attention_mask.bool()]).all():
+            raise CheckpointError(
+                f"layer {index}: hidden states hold NaN or infinity; expected sound weights, "
+                f"in a dtype wide enough for this model"
+            )
+        return after
+
     def _load(self, index: int) -> nn.Module:
         config = copy.copy(self._config)
         moe = {x.index: x for x in self.spec.layers}.get(index)
@@ -111,6 +125,13 @@ class StreamedModel:
                 state[name] = _cast(self.weights.tensor(source), like, source)
         layer.load_state_dict(state, assign=True)
         return layer.eval().to(self.device)  # type: ignore[no-any-return]
+
+
+def expert_output(experts: Any, expert: int, x: Tensor) -> Tensor:
+    """What one of a MoE block's experts makes of hidden states [n, hidden], before its weight."""
+    gate, up = nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    hidden: Tensor = experts.act_fn(gate) * up
+    return nn.functional.linear(hidden, experts.down_proj[expert])
 
 
 class _Skipped(nn.Module):

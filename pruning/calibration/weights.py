@@ -69,21 +69,21 @@ class LayerWeights:
         return read_tensor(self.tensors.gate[self.architecture.gate])
 
     def experts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For one expert after the other: gate and up as one [2 ffn, hidden]; down [hidden, ffn].
-
-        In the checkpoint's dtype; only the experts that the caller holds on to are in memory.
-        """
+        """One expert after the other, see ``expert``; those that the caller holds on to stay."""
         for index in range(self.tensors.layer.experts):
-            if self.tensors.fused:
-                fused = self.tensors.fused
-                yield (
-                    read_tensor(fused[self.architecture.fused_gate_up], index),
-                    read_tensor(fused[self.architecture.fused_down], index),
-                )
-            else:
-                own = self.tensors.experts[index]
-                gate, up, down = (own[f"{name}.weight"] for name in self.architecture.experts)
-                yield torch.cat([read_tensor(gate), read_tensor(up)]), read_tensor(down)
+            yield self.expert(index)
+
+    def expert(self, index: int) -> tuple[Tensor, Tensor]:
+        """Gate and up as one [2 ffn, hidden]; down [hidden, ffn]; in the checkpoint's dtype."""
+        if self.tensors.fused:
+            fused = self.tensors.fused
+            return (
+                read_tensor(fused[self.architecture.fused_gate_up], index),
+                read_tensor(fused[self.architecture.fused_down], index),
+            )
+        own = self.tensors.experts[index]
+        gate, up, down = (own[f"{name}.weight"] for name in self.architecture.experts)
+        return torch.cat([read_tensor(gate), read_tensor(up)]), read_tensor(down)
 
 
 def read_tensor(entry: TensorEntry, index: int | None = None) -> Tensor:

@@ -23,14 +23,22 @@ def carried_out(model: Any, spec: ModelSpec, plan: Plan | None) -> Iterator[None
     with ExitStack() as stack:
         for layer in plan.layers if plan is not None else ():
             block = model.model.layers[layer.layer].mlp
-            stack.enter_context(_experts(block.experts, layer))
-            if layer.router_map is None:
-                side = [name.removeprefix("gate.") for name in spec.architecture.side_tensors]
-                stack.enter_context(_sliced_gate(block.gate, layer, side))
-            else:
-                hook = _MappedRouter(layer, spec.router, block.gate.weight.device)
-                # Runs after the gate: its logits are right, its choice is replaced.
-                stack.enter_context(_hooked(block.gate, hook))
+            stack.enter_context(layer_carried_out(block, spec, layer))
+        yield
+
+
+@contextmanager
+def layer_carried_out(block: Any, spec: ModelSpec, layer: LayerPlan) -> Iterator[None]:
+    """Run one MoE block of the stock model under its part of a plan, see ``carried_out``."""
+    with ExitStack() as stack:
+        stack.enter_context(_experts(block.experts, layer))
+        if layer.router_map is None:
+            side = [name.removeprefix("gate.") for name in spec.architecture.side_tensors]
+            stack.enter_context(_sliced_gate(block.gate, layer, side))
+        else:
+            hook = _MappedRouter(layer, spec.router, block.gate.weight.device)
+            # Runs after the gate: its logits are right, its choice is replaced.
+            stack.enter_context(_hooked(block.gate, hook))
         yield
 
 

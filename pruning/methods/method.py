@@ -111,6 +111,8 @@ class Method:
     """``choose`` or ``from_seed`` draws by the seed."""
     reads_rows: bool = False
     """``choose`` needs calibration rows, whatever statistics it needs."""
+    comparable: bool = True
+    """Scores of several layers can be compared by shares; False: they only order one layer's."""
     allocate: str = "uniform"
     """How its budget is shared out over the layers where nothing is said."""
     keep_gate_rows: bool | None = None

@@ -87,4 +87,5 @@ MOEITS = Method(
     reference="arXiv:2604.10603",
     formula="S_j = when the greedy removal by NMI(W_i, W_j) drops expert j",
     from_pairs=_removals,
+    comparable=False,
 )

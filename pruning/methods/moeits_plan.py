@@ -29,6 +29,12 @@ def check_options(
     Raises:
         PlanError: naming the option.
     """
+    if allocate == "global" and not method.comparable:
+        hint = "; for counts that differ by layer give tau" if method.from_pairs else ""
+        raise PlanError(
+            f"allocate is 'global', expected 'uniform': method {method.name} ranks the experts of "
+            f"one layer{hint}"
+        )
     if method.from_pairs is None:
         for name, value, default in (("tau", tau, None), ("nmi", nmi, "plain")):
             if value != default:
@@ -49,11 +55,6 @@ def check_options(
         raise PlanError(
             f"tau is {tau}, expected experts instead: this router picks among {router.groups} "
             f"groups, which must keep the same number of experts, and tau leaves any number in each"
-        )
-    if allocate == "global":
-        raise PlanError(
-            f"allocate is 'global', expected 'uniform': method {method.name} ranks the experts of "
-            f"one layer; for counts that differ by layer give tau"
         )
 
 
