@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liveprune.pruning.merged_experts import merged_experts
 from liveprune.pruning.model_spec import ModelSpec, Router
 from liveprune.pruning.plan import SMALLEST_SUM, LayerPlan, Plan
 
@@ -17,8 +18,8 @@ from liveprune.pruning.plan import SMALLEST_SUM, LayerPlan, Plan
 def carried_out(model: Any, spec: ModelSpec, plan: Plan | None) -> Iterator[None]:
     """Run ``model``, the stock model of ``spec``, under ``plan``; the full model comes back after.
 
-    Removed experts are sliced off with their gate rows and side tensors. Merged experts are sums
-    in float32, rounded to the model's dtype.
+    Removed experts are sliced off with their gate rows and side tensors, where the plan does not
+    keep these. Merged experts are those of ``merged_experts``.
     """
     with ExitStack() as stack:
         for layer in plan.layers if plan is not None else ():
@@ -32,7 +33,10 @@ def layer_carried_out(block: Any, spec: ModelSpec, layer: LayerPlan) -> Iterator
     """Run one MoE block of the stock model under its part of a plan, see ``carried_out``."""
     with ExitStack() as stack:
         stack.enter_context(_experts(block.experts, layer))
-        if layer.router_map is None:
+        if layer.expert_map:
+            stack.enter_context(_changed(block.gate, top_k=layer.top_k))
+            stack.enter_context(_hooked(block.gate, _MappedChoice(layer, block.gate.weight.device)))
+        elif layer.router_map is None:
             side = [name.removeprefix("gate.") for name in spec.architecture.side_tensors]
             stack.enter_context(_sliced_gate(block.gate, layer, side))
         else:
@@ -47,19 +51,10 @@ def _experts(experts: Any, layer: LayerPlan) -> Iterator[None]:
     if layer.is_identity:
         yield
         return
-    names = ("gate_up_proj", "down_proj")
-    changed = {name: _rows(getattr(experts, name), layer) for name in names}
-    with _changed(experts, **changed, num_experts=layer.kept_experts):
+    new = merged_experts(layer, experts.gate_up_proj, experts.down_proj)
+    gate_up, down = (nn.Parameter(weight, requires_grad=False) for weight in new)
+    with _changed(experts, gate_up_proj=gate_up, down_proj=down, num_experts=layer.kept_experts):
         yield
-
-
-def _rows(weight: Tensor, layer: LayerPlan) -> nn.Parameter:
-    """[kept, ...] of [experts, ...]."""
-    if layer.merge is None:
-        return nn.Parameter(weight[list(layer.kept)], requires_grad=False)
-    merge = torch.tensor(layer.merge, device=weight.device)
-    merged = torch.tensordot(merge, weight.float(), dims=1).to(weight.dtype)
-    return nn.Parameter(merged, requires_grad=False)
 
 
 @contextmanager
@@ -90,6 +85,20 @@ def _hooked(module: Any, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class _MappedChoice:
+    """The router chooses among the old experts; the new ones do their work."""
+
+    def __init__(self, layer: LayerPlan, device: torch.device) -> None:
+        self._map = torch.tensor(layer.expert_map, device=device)
+
+    def __call__(
+        self, _: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        del inputs
+        logits, weights, ids = output
+        return logits, weights, self._map[ids]
 
 
 class _MappedRouter:
