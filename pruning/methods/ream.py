@@ -43,8 +43,9 @@ def _choose(task: Choosing) -> Chosen:
     if task.rows is None:
         raise ValueError("ream: found no rows, expected those it asks for")
     budgets = {b.layer.index: b for b in task.budgets if not b.skipped}
-    last = max((i for i, b in budgets.items() if b.keep < b.layer.experts), default=-1)
-    walk = _Walk(task, task.rows, steps=2 * (last + 1))
+    shrink = [i for i, b in budgets.items() if b.keep < b.layer.experts]
+    last = max(shrink, default=-1)
+    walk = _Walk(task, task.rows, steps=len(shrink) + last)
     layers: dict[int, LayerPlan] = {}
     saliency: dict[str, Any] = {}
     groups: dict[str, Any] = {}
@@ -55,7 +56,7 @@ def _choose(task: Choosing) -> Chosen:
                 plan = LayerPlan(
                     index, budget.layer.experts, budget.top_k, tuple(range(budget.layer.experts))
                 )
-                if budget.keep < budget.layer.experts:
+                if index in shrink:
                     seen = walk.observe(layer, budget)
                     plan, owned = _merged(task, budget, seen, layer.mlp.experts)
                     saliency[str(index)] = seen.to_json()

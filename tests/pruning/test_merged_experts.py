@@ -51,7 +51,9 @@ def test_equals_a_loop_over_neurons(form: str) -> None:
     down = torch.randn(8, 6, 5, generator=generator)
     layer = layers_of(0, 8, 5)[form]
     found = merged_experts(layer, gate_up, down)
-    for name, weight, new in zip(("gate_up_proj", "down_proj"), (gate_up, down), found, strict=True):
+    for name, weight, new in zip(
+        ("gate_up_proj", "down_proj"), (gate_up, down), found, strict=True
+    ):
         if layer.neuron_map is not None:
             expected = reference._gathered(weight, layer, name)
         elif layer.merge is not None:
