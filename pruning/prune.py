@@ -201,6 +201,7 @@ def _by_choice(
             weights=evidence.weights,
             device=device,
             seed=request.seed,
+            keep_gate_rows=request.keep_gate_rows,
             options=request.options,
             progress=progress,
         )

@@ -151,6 +151,7 @@ def _folding(
         scores=scores,
         statistics=evidence.statistics[0].layers[index] if evidence.statistics else None,
         weights=evidence.weights.layers[index],
+        router=request.spec.router,
         keep_gate_rows=request.keep_gate_rows,
         options=request.options,
     )

@@ -320,7 +320,7 @@ def _check_options(context: typer.Context, method: str, *, searches: bool) -> No
 
     A search for budgets (``searches``) has the data and engine of EEP's, not its parameters.
     """
-    foreign = ONE_PASS_OPTIONS if method == SEARCH else SEARCH_OPTIONS
+    foreign: tuple[str, ...] = ONE_PASS_OPTIONS if method == SEARCH else SEARCH_OPTIONS
     if searches and method != SEARCH:
         foreign = EEP_OPTIONS
     for parameter in context.command.params:

@@ -117,11 +117,19 @@ class LayerWatch:
             for extra in self.extras
             for name in EXTRAS[extra]
         }
-        if "logits" in self.extras:
-            layer.mlp.gate.register_forward_hook(self._add_logits)
-        layer.mlp.experts = _WatchedExperts(layer.mlp.experts, self)
+        self._experts = layer.mlp.experts
         # Every family adds the MoE block's output to what enters this norm.
-        layer.post_attention_layernorm.register_forward_pre_hook(self._keep_residual)
+        norm = layer.post_attention_layernorm
+        self._hooks = [norm.register_forward_pre_hook(self._keep_residual)]
+        if "logits" in self.extras:
+            self._hooks.append(layer.mlp.gate.register_forward_hook(self._add_logits))
+        layer.mlp.experts = _WatchedExperts(self._experts, self)
+
+    def remove(self, layer: Any) -> None:
+        """Give the watched layer its own experts back."""
+        layer.mlp.experts = self._experts
+        for hook in self._hooks:
+            hook.remove()
 
     def statistics(self) -> LayerStatistics:
         return LayerStatistics(

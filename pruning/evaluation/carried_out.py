@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from liveprune.pruning.evaluation.mapped_experts import MappedExperts
+from liveprune.pruning.merged_experts import merged_experts
 from liveprune.pruning.model_spec import ModelSpec, Router
-from liveprune.pruning.neuron_sources import neuron_sources
 from liveprune.pruning.plan import SMALLEST_SUM, LayerPlan, Plan
 
 
@@ -53,42 +53,10 @@ def _experts(experts: Any, layer: LayerPlan) -> Iterator[None]:
     if layer.is_identity:
         yield
         return
-    names = ("gate_up_proj", "down_proj")
-    if layer.neuron_map is None:
-        changed = {name: _rows(getattr(experts, name), layer) for name in names}
-    else:
-        gathered = _gathered(experts.gate_up_proj, experts.down_proj, layer)
-        changed = dict(zip(names, gathered, strict=True))
-    with _changed(experts, **changed, num_experts=layer.kept_experts):
+    new = merged_experts(layer, experts.gate_up_proj, experts.down_proj)
+    gate_up, down = (nn.Parameter(weight, requires_grad=False) for weight in new)
+    with _changed(experts, gate_up_proj=gate_up, down_proj=down, num_experts=layer.kept_experts):
         yield
-
-
-def _rows(weight: Tensor, layer: LayerPlan) -> nn.Parameter:
-    """[kept, ...] of [experts, ...]."""
-    if layer.merge is None:
-        return nn.Parameter(weight[list(layer.kept)], requires_grad=False)
-    merge = torch.tensor(layer.merge, device=weight.device)
-    merged = torch.tensordot(merge, weight.float(), dims=1).to(weight.dtype)
-    return nn.Parameter(merged, requires_grad=False)
-
-
-def _gathered(gate_up: Tensor, down: Tensor, layer: LayerPlan) -> tuple[nn.Parameter, ...]:
-    """[kept, 2 * ffn, hidden] and [kept, hidden, ffn], neuron by neuron."""
-    _, hidden, ffn = down.shape
-    # Rows of the gate and up halves and columns of down alike: [experts, 3, ffn, hidden].
-    new = gate_up.new_zeros((layer.kept_experts, 3, ffn, hidden))
-    for j in range(layer.kept_experts):
-        total = torch.zeros(3, ffn, hidden, device=new.device)
-        for source in neuron_sources(layer, j):
-            halves = gate_up[source.expert].view(2, ffn, hidden)
-            matrices = torch.cat([halves, down[source.expert].T[None]])
-            part = matrices[:, torch.from_numpy(source.neurons)].float()
-            weights = torch.from_numpy(source.weights).to(part.device)
-            targets = torch.from_numpy(source.targets).to(part.device)
-            total.index_add_(1, targets, part * weights[:, None])
-        new[j] = total.to(new.dtype)
-    merged = (new[:, :2].reshape(-1, 2 * ffn, hidden), new[:, 2].transpose(1, 2).contiguous())
-    return tuple(nn.Parameter(weight, requires_grad=False) for weight in merged)
 
 
 @contextmanager

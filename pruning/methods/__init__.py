@@ -8,10 +8,13 @@ from types import MappingProxyType
 
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.methods.aimer import AIMER
+from liveprune.pruning.methods.dern import DERN
 from liveprune.pruning.methods.ean import EAN
 from liveprune.pruning.methods.easy_ep import EASY_EP
 from liveprune.pruning.methods.frequency import FREQUENCY
 from liveprune.pruning.methods.gate_norm import GATE_NORM
+from liveprune.pruning.methods.hc_smoe import HC_SMOE
+from liveprune.pruning.methods.m_smoe import M_SMOE
 from liveprune.pruning.methods.man import MAN
 from liveprune.pruning.methods.method import Method
 from liveprune.pruning.methods.moe_i2 import MOE_I2
@@ -20,6 +23,7 @@ from liveprune.pruning.methods.mone import MONE
 from liveprune.pruning.methods.msan import MSAN
 from liveprune.pruning.methods.naee import NAEE
 from liveprune.pruning.methods.random_choice import RANDOM
+from liveprune.pruning.methods.ream import REAM
 from liveprune.pruning.methods.reap import REAP
 from liveprune.pruning.methods.soft import SOFT
 from liveprune.pruning.methods.stun import STUN, STUN_COACTIVATION
@@ -45,6 +49,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             MONE,
             NAEE,
             MOE_I2,
+            M_SMOE,
+            HC_SMOE,
+            REAM,
+            DERN,
             AIMER,
             MOEITS,
             TB_COVERAGE,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from liveprune.pruning.calibration.rows import Rows
     from liveprune.pruning.calibration.weights import LayerWeights, Weights
     from liveprune.pruning.methods.moeits_removals import Removals
-    from liveprune.pruning.model_spec import ModelSpec
+    from liveprune.pruning.model_spec import ModelSpec, Router
 
 Scores = npt.NDArray[np.float64]
 """[experts] float64, higher = keep; -inf where the score is undefined: pruned first."""
@@ -40,9 +40,26 @@ class Folding:
     statistics: LayerStatistics | None
     """Of a calibrated method; with the extras that it asks for."""
     weights: LayerWeights
+    router: Router
     keep_gate_rows: bool
     """Route over all old experts, and map the choice (methods.md 6, variant 4b)."""
     options: Options
+
+    @property
+    def protected(self) -> tuple[int, ...]:
+        """Super experts, which stay as they are; ascending."""
+        return tuple(np.flatnonzero(self.scores == np.inf).tolist())
+
+    @property
+    def calibrated(self) -> LayerStatistics:
+        """The statistics, of a method that asks for them.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.statistics is None:
+            raise ValueError("found no statistics, expected those of a calibrated method")
+        return self.statistics
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,8 @@ class Choosing:
     weights: Weights
     device: str
     seed: int
+    keep_gate_rows: bool
+    """See ``Folding``."""
     options: Options
     progress: Callable[[int, int], None] | None
 
@@ -121,6 +140,8 @@ class Method:
     """Where nothing is said, see ``Folding``; None: the method has no such choice."""
     options: Options = field(default_factory=lambda: MappingProxyType({}))
     """Its own parameters, with their defaults."""
+    check: Callable[[Options], None] | None = None
+    """Refuses values of its parameters before anything is read: raises PlanError."""
 
     def __post_init__(self) -> None:
         sources = (self.from_statistics, self.from_corpora, self.from_weights, self.from_seed)
@@ -146,7 +167,7 @@ class Method:
         """Its parameters with those ``given``.
 
         Raises:
-            PlanError: there is no such parameter, or its value is of another kind.
+            PlanError: there is no such parameter, or its value is of another kind or range.
         """
         for name, value in given.items():
             if name not in self.options:
@@ -159,4 +180,7 @@ class Method:
                 raise PlanError(
                     f"method {self.name}: {name} is {value!r}, expected a value like {default!r}"
                 )
-        return MappingProxyType({**self.options, **given})
+        options = MappingProxyType({**self.options, **given})
+        if self.check is not None:
+            self.check(options)
+        return options

@@ -27,17 +27,16 @@ def _score(layer: LayerStatistics) -> Scores:
 
 
 def _fold(task: Folding) -> LayerPlan:
-    if task.statistics is None:
-        raise ValueError("mone: found no statistics, expected those it asks for")
+    found = task.calibrated
     layer = task.budget.layer
     gone = sorted(set(range(layer.experts)) - set(task.kept))
-    hits = np.maximum(task.statistics.counts[gone], 1.0)[:, None]
+    hits = np.maximum(found.counts[gone], 1.0)[:, None]
     return LayerPlan(
         layer=layer.index,
         experts=layer.experts,
         top_k=task.budget.top_k,
         kept=task.kept,
-        constants=(task.statistics.gathered("output_sums")[gone] / hits).astype(np.float32),
+        constants=(found.gathered("output_sums")[gone] / hits).astype(np.float32),
     )
 
 

@@ -18,7 +18,7 @@ from liveprune.pruning.calibration.weights import Weights
 from liveprune.pruning.errors import PlanError
 from liveprune.pruning.methods import METHODS, Method, find_method
 from liveprune.pruning.methods.method import Folding
-from liveprune.pruning.model_spec import ModelSpec, MoELayer
+from liveprune.pruning.model_spec import ModelSpec, MoELayer, Router
 
 # Expert 0 gets two tokens with (g, ||f||) = (1/2, 2) and (1/4, 4); expert 1 one with (1, 3);
 # expert 2 none. The tokens' 1 - cos(x, x + y) are 0.1, 0.2 and 0.3.
@@ -168,6 +168,7 @@ def test_mone_by_hand() -> None:
             scores=score(found),
             statistics=found,
             weights=None,  # type: ignore[arg-type]
+            router=Router("softmax", renormalise=True),
             keep_gate_rows=True,
             options={},
         )
