@@ -34,7 +34,7 @@ EEP_OPTIONS = ("preset", "groups", "merge", "start")
 SEARCH_OPTIONS = (
     *EEP_OPTIONS,
     *("train", "dev", "test", "measure", "chat", "search_dir"),
-    *("engine", "dtype", "max_answer_tokens", "admin_key_file"),
+    *("engine", "dtype", "max_answer_tokens", "admin_key_file", "actors", "ray_address"),
 )
 console = Console()
 _PANEL = "Searches (--method eep, --allocate evoesap)"
@@ -209,6 +209,21 @@ def prune(
             rich_help_panel=_PANEL,
         ),
     ] = 1,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="So many engines, each in an actor of Ray; see docs/many-engines.md.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a running Ray cluster, HOST:PORT or auto; default: this machine alone.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
 ) -> None:
     """Choose the experts to keep and write the pruned checkpoint (or, --plan-only, the plan)."""
     from liveprune.pruning.checkpoint.apply import apply_plan
@@ -252,6 +267,8 @@ def prune(
             seed=seed,
             engine=engine,
             admin_key_file=admin_key_file,
+            actors=actors,
+            ray_address=ray_address,
             dtype=dtype,
             max_rows=max_rows,
             max_answer_tokens=max_answer_tokens,

@@ -1,28 +1,19 @@
-"""The engine that a search runs on: vLLM in this process, a running server, or transformers."""
+"""The engine that a search runs on: in this process, in actors of Ray, or a running server."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
-import psutil
-
-from liveprune.pruning.checkpoint.layer_tensors import layer_tensors
-from liveprune.pruning.checkpoint.safetensors_io import read_checkpoint
 from liveprune.pruning.errors import DataError, EngineError, IncompatibleEnvironmentError
 from liveprune.pruning.evaluation.engine import AnswerScores, Engine
 from liveprune.pruning.model_spec import ModelSpec
+from liveprune.server.engine_description import EngineDescription
+from liveprune.server.ray_cluster import import_ray, ray_cluster
+from liveprune.server.ray_pool import ray_pool
 from liveprune.server.search_options import SearchOptions
 
-BLOCK_SIZE = 32
-SEQUENCES = 32
-"""Texts that are generated at once."""
-SHARE = 0.5
-"""Of the memory that the full model leaves: what merged candidates may take."""
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -32,7 +23,8 @@ def search_engine(
 ) -> Iterator[Engine]:
     """The engine that the options name; it starts, or is called, when it is first asked.
 
-    So all that a search refuses is refused before, and one that is complete starts none.
+    So all that a search refuses is refused before, and one that is complete starts none. Only a
+    Ray cluster with an address is connected to at once: a wrong address is to be known early.
 
     Args:
         options: of the search.
@@ -41,10 +33,22 @@ def search_engine(
         longest: tokens of the longest text.
 
     Raises:
-        DataError: no such engine or dtype.
+        DataError: no such engine or dtype, or options that contradict each other.
+        IncompatibleEnvironmentError: actors are asked for and Ray, or its cluster, is not there.
     """
-    engine_name(options)
+    name = engine_name(options)
+    if options.ray_address is not None and options.actors is None:
+        raise DataError("--ray-address: found without --actors, expected their number")
+    if options.actors is not None and name == "server":
+        raise DataError(
+            "--actors: found with the URL of a server, expected --engine vllm or transformers: a "
+            "server has its own engine"
+        )
     with ExitStack() as stack:
+        if options.actors is not None:
+            import_ray()
+        if options.ray_address is not None:
+            stack.enter_context(ray_cluster(options.ray_address))
         yield _Waiting(lambda: stack.enter_context(_started(options, spec, kept, longest)))
 
 
@@ -93,35 +97,30 @@ class _Waiting:
 def _started(
     options: SearchOptions, spec: ModelSpec, kept: Sequence[int], longest: int
 ) -> Iterator[Engine]:
-    if options.engine == "transformers":
-        from liveprune.pruning.evaluation.transformers_engine import TransformersEngine
-
-        yield TransformersEngine(options.model, dtype=_dtype(options))
-    elif options.engine == "vllm":
-        # Said before vLLM is imported: its notes on every start would bury the search's own words.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from liveprune.patches.scoring_engine import ScoringEngine
-
-        candidates = _candidates(options, spec, kept)
-        maps = options.settings.merge or not spec.router.renormalise
-        engine = ScoringEngine(
-            options.model,
-            candidates=candidates,
-            spare_rows=candidates * max(kept) if maps else 0,
-            max_length=longest,
-            **vllm_options(longest, _dtype(options)),
-        )
-        try:
-            yield engine
-        finally:
-            engine.close()
-    else:
+    if engine_name(options) == "server":
         from liveprune.server.admin_key import client_key, default_state_folder
         from liveprune.server.server_engine import ServerEngine
 
         key, source = client_key(options.admin_key_file, default_state_folder())
         with ServerEngine(options.engine, key, options.model, key_source=source) as server:
             yield server
+        return
+    described = EngineDescription(
+        kind=options.engine,
+        model=options.model,
+        dtype=_dtype(options),
+        longest=longest,
+        candidates=options.settings.children,
+        kept=tuple(kept),
+        merges=options.settings.merge,
+        router_maps=options.settings.merge or not spec.router.renormalise,
+    )
+    if options.actors is None:
+        with described.started() as engine:
+            yield engine
+    else:
+        with ray_pool(described, options.actors, options.ray_address) as pool:
+            yield pool
 
 
 def _dtype(options: SearchOptions) -> str:
@@ -131,41 +130,3 @@ def _dtype(options: SearchOptions) -> str:
     config = ModelSpec.from_path(options.model).config
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return stated if stated in DTYPES else "float32"
-
-
-def vllm_options(longest: int, dtype: str) -> dict[str, Any]:
-    """Sizes for an engine that scores: little KV cache, passes of a few thousand tokens."""
-    return {
-        "dtype": dtype,
-        "block_size": BLOCK_SIZE,
-        "max_num_batched_tokens": max(4096, longest),
-        "max_num_seqs": SEQUENCES,
-        "num_gpu_blocks_override": 2 * SEQUENCES * math.ceil(longest / BLOCK_SIZE),
-    }
-
-
-def _candidates(options: SearchOptions, spec: ModelSpec, kept: Sequence[int]) -> int:
-    """How many are live at once: a generation, or fewer where their merged experts take much."""
-    wanted = options.settings.children
-    if not options.settings.merge:
-        return wanted
-    blocks = layer_tensors(read_checkpoint(options.model).tensors, spec)
-    one = sum(
-        block.expert_bytes / block.layer.experts * count
-        for block, count in zip(blocks, kept, strict=True)
-    )
-    room = SHARE * (_free_memory() - _model_bytes(options.model))
-    return max(1, min(wanted, int(room // one)))
-
-
-def _free_memory() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return int(free)
-    return int(psutil.virtual_memory().available)
-
-
-def _model_bytes(model: Path) -> int:
-    return sum(entry.size for entry in read_checkpoint(model).tensors.values())

@@ -37,6 +37,10 @@ class SearchOptions:
     engine: str = "vllm"
     """``vllm``, ``transformers``, or the URL of a server's admin API."""
     admin_key_file: Path | None = None
+    actors: int | None = None
+    """Engines, each in an actor of Ray; None is one engine in this process."""
+    ray_address: str | None = None
+    """Of a running Ray cluster: ``HOST:PORT``, or ``auto``; None starts one on this machine."""
     dtype: str = "auto"
     max_rows: int | None = None
     max_answer_tokens: int = 64

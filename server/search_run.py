@@ -69,30 +69,27 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
         for name, path in paths.items()
         if path is not None
     }
-    starts = {name: _start(options, name) for name in options.starts}
     longest = max(task.longest for task in tasks.values())
-    with (
-        search_engine(options, spec, kept, longest) as engine,
-        progress_of_search("search") as show,
-        stop_on_interrupt() as stop,
-    ):
-        found = search(
-            options.model,
-            spec,
-            engine,
-            train=tasks["train"],
-            dev=tasks.get("dev"),
-            test=tasks.get("test"),
-            experts=options.experts,
-            top_k=options.top_k,
-            settings=options.settings,
-            starts=starts,
-            engine_name=engine_name(options),
-            seed=options.seed,
-            folder=options.folder,
-            progress=show,
-            cancel=stop,
-        )
+    with search_engine(options, spec, kept, longest) as engine:
+        starts = {name: _start(options, name) for name in options.starts}
+        with progress_of_search("search") as show, stop_on_interrupt() as stop:
+            found = search(
+                options.model,
+                spec,
+                engine,
+                train=tasks["train"],
+                dev=tasks.get("dev"),
+                test=tasks.get("test"),
+                experts=options.experts,
+                top_k=options.top_k,
+                settings=options.settings,
+                starts=starts,
+                engine_name=engine_name(options),
+                seed=options.seed,
+                folder=options.folder,
+                progress=show,
+                cancel=stop,
+            )
     _write(found, options)
     console.print(_table(found))
     console.print(f"report: {options.folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -18,12 +18,12 @@ from liveprune.pruning.errors import (
     PlanError,
 )
 from liveprune.pruning.evaluation import transformers_engine
-from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan_io import CHECKPOINT_PLAN, load_plan
 from liveprune.pruning.search.presets import PRESETS, Settings
-from liveprune.server import search_engines, search_run
+from liveprune.server import engine_description, search_run
 from liveprune.server.cli import app
-from liveprune.server.search_options import SearchOptions, parse_settings
+from liveprune.server.engine_description import EngineDescription
+from liveprune.server.search_options import parse_settings
 
 DEMO = model_path()
 TRAIN, DEV, TEST = (rows_path("add", split) for split in ("train", "dev", "test"))
@@ -201,26 +201,21 @@ def test_the_first_interrupt_asks_the_search_to_stop() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_candidates_live_at_once_are_bounded_by_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = ModelSpec.from_path(DEMO)
+def test_candidates_live_at_once_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     # One candidate of 4 experts takes half of the experts' 32 x 3 x 128 x 192 bfloat16 numbers.
     one = 32 * 3 * 128 * 192 * 2 // 2
-    model = search_engines._model_bytes(DEMO)
+    model = engine_description._model_bytes(DEMO)
 
-    def candidates(room: float, **settings: object) -> int:
-        monkeypatch.setattr(search_engines, "_free_memory", lambda: model + int(2 * room * one))
-        options = SearchOptions(
-            model=DEMO,
-            folder=tmp_path,
-            train=TRAIN,
-            experts="4",
-            settings=parse_settings("liveprune", [], **settings),
+    def candidates(room: float, *, merges: bool = True) -> int:
+        monkeypatch.setattr(
+            engine_description, "_free_memory", lambda neighbours: model + int(2 * room * one)
         )
-        return search_engines._candidates(options, spec, [4] * 4)
+        described = EngineDescription(
+            "vllm", DEMO, "bfloat16", 64, candidates=8, kept=(4,) * 4, merges=merges
+        )
+        return described.fitting_candidates()
 
     assert candidates(3.5) == 3
     assert candidates(100) == 8
     assert candidates(0.5) == 1
-    assert candidates(0.5, merge=False) == 8
+    assert candidates(0.5, merges=False) == 8

@@ -131,7 +131,8 @@ def test_registry() -> None:
     assert all(name == method.name for name, method in METHODS.items())
     for method in METHODS.values():
         assert method.title
-        assert method.formula.startswith("S_j") == (method.choose is None)
+        assert method.choose is not None or method.formula.startswith("S_j")
+        assert method.formula
         assert not method.reference or re.fullmatch(r"arXiv:\d{4}\.\d{5}", method.reference)
 
 
