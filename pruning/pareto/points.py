@@ -181,19 +181,13 @@ def _speed(
 
 
 def _full_speed(answers: Answers, workload: Workload | None) -> Speed | None:
-    """Over the rounds of all plans, in which it took turns with them."""
-    rounds = [
-        taken
-        for sample in answers.samples.values()
-        if not isinstance(sample, Failure)
-        for taken in sample["full"]
-    ]
+    """Over the rounds of all plans that could be timed, in which it took turns with them."""
+    timed = [digest for digest in answers.samples if _speed(answers, digest, workload)[0]]
+    samples = [answers.samples[digest] for digest in timed]
+    rounds = [taken for x in samples if not isinstance(x, Failure) for taken in x["full"]]
     if not rounds or workload is None:
         return None
-    try:
-        return speeds({"full": rounds, "plan": rounds}, workload)["full"]
-    except EngineError:
-        return None  # said at the plan in whose rounds it was
+    return speeds({"full": rounds, "plan": rounds}, workload)["full"]
 
 
 def _score(by_task: Mapping[str, Values]) -> Score:

@@ -2,7 +2,7 @@
 
 What is timed is ``Engine.generate`` for one plan alone, as a user would see it. Three workloads in
 each round: short prompts and one new token; long prompts and one; short prompts and many. Prefill
-is the second minus the first, decoding the third minus the first: what every call costs, making
+is the second minus the median first, decoding the third minus it: what every call costs, making
 the plan live included, cancels out. Plan and full model take turns, so that what slows the machine
 down for a while slows both, and only ratios within a round are compared.
 """
@@ -34,7 +34,7 @@ class Workload:
     """Of equal length, longer than ``SHORT``; all at once are one batch."""
     new_tokens: int
     rounds: int
-    """Measured ones; one more before them warms up."""
+    """Measured ones, at least 3, for a spread; one more before them warms up."""
 
     def __post_init__(self) -> None:
         lengths = {len(prompt) for prompt in self.prompts}
@@ -43,7 +43,7 @@ class Workload:
                 f"prompts to time: found {sorted(lengths)} tokens, expected one length above "
                 f"{SHORT}"
             )
-        for name, found, least in (("new_tokens", self.new_tokens, 2), ("rounds", self.rounds, 1)):
+        for name, found, least in (("new_tokens", self.new_tokens, 2), ("rounds", self.rounds, 3)):
             if found < least:
                 raise DataError(f"{name} is {found}, expected at least {least}")
 
@@ -166,11 +166,7 @@ def speeds(sample: Mapping[str, list[list[list[float]]]], workload: Workload) ->
     parts = (("prefill", 1, workload.prefill_tokens), ("decode", 2, workload.decode_tokens))
     for part, place, tokens in parts:
         wall, cpu = (
-            {
-                side: [taken[place][unit] - taken[0][unit] for taken in sample[side]]
-                for side in paces
-            }
-            for unit in (0, 1)
+            {side: _beyond_base(sample[side], place, unit) for side in paces} for unit in (0, 1)
         )
         least = min(seconds for side in wall.values() for seconds in side)
         if least <= 0:
@@ -188,3 +184,8 @@ def speeds(sample: Mapping[str, list[list[list[float]]]], workload: Workload) ->
                 )
             )
     return {side: Speed(*found) for side, found in paces.items()}
+
+
+def _beyond_base(rounds: Sequence[Sequence[Sequence[float]]], place: int, unit: int) -> list[float]:
+    base = statistics.median(taken[0][unit] for taken in rounds)
+    return [taken[place][unit] - base for taken in rounds]
