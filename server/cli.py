@@ -16,6 +16,7 @@ from liveprune.pruning.errors import LiveprunError, VariantError
 from liveprune.server import cli_live
 from liveprune.server.admin_key import STATE_VARIABLE
 from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
+from liveprune.server.cli_pareto import pareto
 from liveprune.server.cli_prune import prune
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(prune)
+app.command()(pareto)
 cli_live.register(app)
 console = Console()
 

@@ -11,9 +11,10 @@ from liveprune.pruning.calibration.rows import MAX_ROWS
 from liveprune.pruning.evaluation.task import load_task
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.search.budget_search import BudgetSettings, EvoESAP
+from liveprune.server.interrupt import stop_on_interrupt
+from liveprune.server.progress import stage_bar
 from liveprune.server.search_engines import engine_name, search_engine
 from liveprune.server.search_options import SearchOptions
-from liveprune.server.search_run import progress_of_search, stop_on_interrupt
 
 BUDGET_SETTINGS = tuple(BudgetSettings.__dataclass_fields__)
 """Names that ``--set`` takes here; all others are the method's own."""
@@ -54,7 +55,7 @@ def evoesap(options: SearchOptions, changes: Mapping[str, Any]) -> Iterator[EvoE
     kept = [layer.experts for layer in spec.layers]
     with (
         search_engine(options, spec, kept, longest) as engine,
-        progress_of_search("budgets") as show,
+        stage_bar("budgets") as show,
         stop_on_interrupt() as stop,
     ):
         yield EvoESAP(

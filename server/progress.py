@@ -1,9 +1,10 @@
-"""A progress bar with time left, as the plain callback that ``pruning`` expects."""
+"""Progress bars with time left, as the plain callbacks that ``pruning`` expects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +15,36 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+if TYPE_CHECKING:
+    from liveprune.pruning.search.run import Progress as SearchProgress
+
+
+@contextmanager
+def stage_bar(name: str) -> Iterator[Callable[[SearchProgress], None]]:
+    """Yield what shows the progress of long work in stages, and the best so far if there is one."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[best]}"),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task(name, total=None, best="")
+
+    def show(progress: SearchProgress) -> None:
+        bar.start()
+        best = "" if progress.best is None else f"best on train {100 * progress.best:.1f}"
+        stage = f"{progress.stage} (from the journal)" if progress.replaying else progress.stage
+        bar.update(
+            task, description=stage, completed=progress.done, total=progress.total, best=best
+        )
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 @contextmanager

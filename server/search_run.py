@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from liveprune.patches.tuned_kernels import untuned
@@ -28,8 +22,9 @@ from liveprune.pruning.prune import make_plan
 from liveprune.pruning.search.genome import make_space
 from liveprune.pruning.search.report import write_report
 from liveprune.pruning.search.result import Score, SearchResult
-from liveprune.pruning.search.run import Progress, search
-from liveprune.server.progress import progress_bar
+from liveprune.pruning.search.run import search
+from liveprune.server.interrupt import stop_on_interrupt
+from liveprune.server.progress import progress_bar, stage_bar
 from liveprune.server.search_engines import engine_name, search_engine
 from liveprune.server.search_options import SearchOptions
 
@@ -72,7 +67,7 @@ def run_search(options: SearchOptions, console: Console) -> Plan:
     longest = max(task.longest for task in tasks.values())
     with search_engine(options, spec, kept, longest) as engine:
         starts = {name: _start(options, name) for name in options.starts}
-        with progress_of_search("search") as show, stop_on_interrupt() as stop:
+        with stage_bar("search") as show, stop_on_interrupt() as stop:
             found = search(
                 options.model,
                 spec,
@@ -129,55 +124,5 @@ def _table(found: SearchResult) -> Table:
     rows: dict[str, Mapping[str, Score]] = {"full model": found.full}
     rows |= {stage.name: stage.scores for stage in found.stages}
     for name, scores in rows.items():
-        table.add_row(name, *(_cell(scores[key]) for key in found.data))
+        table.add_row(name, *(str(scores[key]) for key in found.data))
     return table
-
-
-def _cell(score: Score) -> str:
-    if score.mean is None or score.low is None or score.high is None:
-        return f"failed: {score.failure}"
-    return f"{100 * score.mean:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
-
-
-@contextmanager
-def progress_of_search(name: str) -> Iterator[Any]:
-    """Yield what shows a search's progress: candidates, time left, best so far."""
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[best]}"),
-        console=Console(stderr=True),
-    )
-    task = bar.add_task(name, total=None, best="")
-
-    def show(progress: Progress) -> None:
-        bar.start()
-        best = "" if progress.best is None else f"best on train {100 * progress.best:.1f}"
-        stage = f"{progress.stage} (from the journal)" if progress.replaying else progress.stage
-        bar.update(
-            task, description=stage, completed=progress.done, total=progress.total, best=best
-        )
-
-    try:
-        yield show
-    finally:
-        bar.stop()
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C sets; the second interrupts as ever."""
-    event = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def stop(_: int, __: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

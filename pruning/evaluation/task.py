@@ -112,6 +112,11 @@ class Task:
         return len(self._questions.rows)
 
     @property
+    def prompts(self) -> list[Tokens]:
+        """Token ids of every row's prompt."""
+        return [row.prompt for row in self._questions.rows]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer, given or generated."""
         return max(
@@ -251,9 +256,8 @@ class Task:
 
     def _full_answers(self, engine: Engine) -> list[TokenRow]:
         if self._answered is None or self._answered[0] is not engine:
-            prompts = [row.prompt for row in self._questions.rows]
-            answers = self._generate(engine, [None], prompts)[0]
-            rows = [TokenRow(p, a) for p, a in zip(prompts, answers, strict=True)]
+            answers = self._generate(engine, [None], self.prompts)[0]
+            rows = [TokenRow(p, a) for p, a in zip(self.prompts, answers, strict=True)]
             self._answered = (engine, rows)
         return self._answered[1]
 

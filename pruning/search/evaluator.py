@@ -115,31 +115,45 @@ class Evaluator:
                 self._known[key] = np.concatenate([known, decoded])
 
     def _run(self, rows: RowSet, plans: list[Plan | None], places: tuple[int, ...]) -> Entry:
-        if self._cancel is not None and self._cancel.is_set():
-            raise SearchCancelledError(
-                f"search cancelled; run it again with the same arguments and the folder "
-                f"{self._journal.path.parent} to go on from here"
-            )
+        self.check_cancelled()
         wall, cpu = time.perf_counter(), time.process_time()
         entry: Entry = {}
         try:
             values = rows.task.values(self._engine, plans, places)
             entry["results"] = [_encode(row) for row in np.asarray(values, np.float64)]
         except EngineError as error:
-            self._check_alive(rows, error)
+            self.check_alive(rows, error)
             entry["error"] = str(error)
         entry["wall_seconds"] = round(time.perf_counter() - wall, 6)
         entry["cpu_seconds"] = round(time.process_time() - cpu, 6)
         return entry
 
-    def _check_alive(self, rows: RowSet, reason: EngineError) -> None:
-        """Not recorded: a dead engine says nothing about the plans it was asked for."""
+    def check_cancelled(self) -> None:
+        """Stop before something long, if told to.
+
+        Raises:
+            SearchCancelledError: the event is set.
+        """
+        if self._cancel is not None and self._cancel.is_set():
+            raise SearchCancelledError(
+                f"cancelled; run it again with the same arguments and the folder "
+                f"{self._journal.path.parent} to go on from here"
+            )
+
+    def check_alive(self, rows: RowSet, reason: EngineError) -> None:
+        """Ask for the full model on one row, after a plan failed with ``reason``.
+
+        Not recorded: a dead engine says nothing about the plans it was asked for.
+
+        Raises:
+            EngineError: it fails as well.
+        """
         try:
             rows.task.values(self._engine, [None], rows.rows[:1])
         except EngineError as error:
             raise EngineError(
                 f"the engine fails on the full model, too ({error}), after: {reason}. All before "
-                f"is kept in {self._journal.path.parent}; run the search again to go on"
+                f"is kept in {self._journal.path.parent}; run it again to go on"
             ) from reason
 
 

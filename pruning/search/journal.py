@@ -58,22 +58,25 @@ class Journal:
         if entry["request"] != request:
             raise DataError(
                 f"{self.path}: line {self._next} answers {_brief(entry['request'])}, expected "
-                f"{_brief(request)}; another release of liveprune or numpy searches in another "
+                f"{_brief(request)}; another release of liveprune or numpy asks in another "
                 f"order: start anew in an empty folder"
             )
         return entry
 
 
 @contextmanager
-def open_folder(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]:
+def open_folder(
+    folder: Path, identity: Mapping[str, Any], kind: str = "search"
+) -> Iterator[Journal]:
     """Lock a search's folder, check that it is this search's, and yield its journal.
 
     Args:
         folder: made if it is not there.
         identity: what is searched, in JSON's types: model, data, method, seed.
+        kind: what the work is called; its identity is kept in ``KIND.json``.
 
     Raises:
-        ConflictError: another search uses the folder.
+        ConflictError: another process uses the folder.
         DataError: it holds another search; the message names what differs. Or it is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +85,10 @@ def open_folder(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConflictError(
-                f"{folder}: found another search at work in it, expected a folder of its own"
+                f"{folder}: found another {kind} at work in it, expected a folder of its own"
             ) from None
         journal = folder / "journal.jsonl"
-        _check_identity(folder / "search.json", journal, {"format": FORMAT, **identity})
+        _check_identity(folder / f"{kind}.json", journal, {"format": FORMAT, **identity})
         if not journal.exists():
             journal.touch()
             sync_folder(folder)
@@ -108,8 +111,8 @@ def _check_identity(path: Path, journal: Path, identity: Mapping[str, Any]) -> N
     differences = list(_differences(found, expected, ""))
     if differences:
         raise DataError(
-            f"{path}: this folder holds another search: {'; '.join(differences)}. Resume with what "
-            f"it was started with, or start anew in an empty folder"
+            f"{path}: this folder holds another {path.stem}: {'; '.join(differences)}. Resume "
+            f"with what it was started with, or start anew in an empty folder"
         )
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from liveprune.pruning.errors import DataError
 from liveprune.pruning.files import write_atomic
+from liveprune.pruning.report.markup import Markup, el, figure, joined
+from liveprune.pruning.report.page import page, section
 from liveprune.pruning.search import report_charts, report_facts, report_layers, report_scores
-from liveprune.pruning.search.report_markup import Child, Markup, el, figure, joined
 from liveprune.pruning.search.result import FORMAT
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(result_json: Mapping[str, Any], path: Path) -> None:
@@ -25,43 +23,19 @@ def write_report(result_json: Mapping[str, Any], path: Path) -> None:
     """
     if result_json["format"] != FORMAT:
         raise DataError(f"result: format is {result_json['format']!r}, expected {FORMAT}")
-    # A lone surrogate in a name cannot be encoded, and is no reason to have no report.
-    write_atomic(path, _page(result_json).encode("utf-8", "replace"))
+    title = f"Search report: {result_json['model']}"
+    write_atomic(path, page(title, *_content(result_json)))
 
 
-def _page(result: Mapping[str, Any]) -> str:
-    title = f"Search report: {result['model']}"
-    style = resources.files(__package__).joinpath("report.css").read_text("utf-8")
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", title),
-        el("style", Markup(style)),
-    )
-    main = el(
-        "main",
-        el("h1", title),
+def _content(result: Mapping[str, Any]) -> tuple[Markup, ...]:
+    return (
         report_scores.outcome(result),
-        _section("scores", "Scores", report_scores.scores(result)),
-        _section("course", "Course of the search", _course(result)),
-        _section("finalists", "Finalists", _finalists(result)),
-        _section("layers", "Layers", *_layers(result)),
-        _section("cost", "Cost", report_facts.cost(result)),
-        _section("again", "How to repeat it", report_facts.reproduction(result)),
-    )
-    return f"<!DOCTYPE html>\n{el('html', head, el('body', main), lang='en')}\n"
-
-
-def _section(ident: str, heading: str, *content: Child) -> Markup:
-    return el(
-        "section",
-        el("h2", heading, id=f"{ident}-heading"),
-        *content,
-        id=ident,
-        aria_labelledby=f"{ident}-heading",
+        section("scores", "Scores", report_scores.scores(result)),
+        section("course", "Course of the search", _course(result)),
+        section("finalists", "Finalists", _finalists(result)),
+        section("layers", "Layers", *_layers(result)),
+        section("cost", "Cost", report_facts.cost(result)),
+        section("again", "How to repeat it", report_facts.reproduction(result)),
     )
 
 

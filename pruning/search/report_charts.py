@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from liveprune.pruning.search.report_markup import Markup, attribute, el, joined, label, svg
-from liveprune.pruning.search.report_numbers import count, fixed, percent
+from liveprune.pruning.report.axis import Axis
+from liveprune.pruning.report.markup import Markup, attribute, el, joined, label, svg
+from liveprune.pruning.report.numbers import count, fixed, percent
 
 Json = Mapping[str, Any]
 
@@ -17,37 +17,6 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 704.0, 64.0, 310.0
 _FAILED = 326.0
 """Middle of the strip for candidates without a score."""
 _SIDE = 350.0
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Maps values from ``low`` to ``high`` to pixels from ``start`` to ``end``."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    @classmethod
-    def around(cls, values: Sequence[float], start: float, end: float) -> Axis:
-        """Room for scores, some more at both ends, and for a point where all are equal."""
-        low, high = min(values), max(values)
-        room = max(0.06 * (high - low), 0.005)
-        return cls(low - room, high + room, start, end)
-
-    def __call__(self, value: float) -> float:
-        part = (value - self.low) / (self.high - self.low)
-        return self.start + part * (self.end - self.start)
-
-    def ticks(self, most: int) -> tuple[list[float], int]:
-        """Round values within the axis, and the decimals of their per cents."""
-        rough = 100 * (self.high - self.low) / most
-        power = math.floor(math.log10(rough))
-        step = next(x for x in (1, 2, 5, 10) if x * 10.0**power >= rough * (1 - 1e-9))
-        size = step * 10.0**power / 100
-        first, last = math.ceil(self.low / size - 1e-9), math.floor(self.high / size + 1e-9)
-        ticks = [i * size for i in range(first, last + 1) if -1e-9 <= i * size <= 1 + 1e-9]
-        return ticks, max(0, -power - (step == 10))
 
 
 def curves(result: Json) -> Markup:
@@ -119,7 +88,7 @@ def finalists(result: Json, stage: Json) -> Markup | None:
             shapes.append(label(side, place["cy"] - 8, "winner", "start" if near else "end"))
     if known:
         shapes.append(_diamond(x(full["train"]), y(full["dev"])))
-    values, decimals = x.ticks(4)
+    values, decimals = x.score_ticks(4)
     return svg(
         ident,
         _SIDE,
@@ -144,7 +113,7 @@ def _stage_class(stage: str) -> str:
 
 
 def _scale(y: Axis, left: float, right: float) -> Markup:
-    values, decimals = y.ticks(6)
+    values, decimals = y.score_ticks(6)
     return el(
         "g",
         *(el("line", x1=left, x2=right, y1=y(v), y2=y(v), class_="grid") for v in values),

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from liveprune.pruning.report.markup import Markup, el, joined, table
+from liveprune.pruning.report.numbers import count, runs, seconds, significant
 from liveprune.pruning.search.presets import PRESETS
-from liveprune.pruning.search.report_markup import Markup, el, joined, table
-from liveprune.pruning.search.report_numbers import count, runs, seconds, significant
 
 Json = Mapping[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from liveprune.pruning.search.report_markup import Markup, attribute, el, joined, label, svg
-from liveprune.pruning.search.report_numbers import fixed
+from liveprune.pruning.report.markup import Markup, attribute, el, joined, label, svg
+from liveprune.pruning.report.numbers import fixed
 
 LIMIT = 2.0
 """Pruning starts from ones and zeros: coefficients beyond this are few and would pale the rest."""

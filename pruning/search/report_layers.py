@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from liveprune.pruning.report.markup import Markup, el, figure, joined, table
+from liveprune.pruning.report.numbers import count, fixed, runs
 from liveprune.pruning.search.report_heatmaps import LIMIT, heat_map, kept_grid, scale
-from liveprune.pruning.search.report_markup import Markup, el, figure, joined, table
-from liveprune.pruning.search.report_numbers import count, fixed, runs
 
 Json = Mapping[str, Any]
 Rows = Sequence[Sequence[float]]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from liveprune.pruning.evaluation.measures import MEASURES
-from liveprune.pruning.search.report_markup import Markup, el, joined, table
-from liveprune.pruning.search.report_numbers import (
+from liveprune.pruning.report.markup import Markup, el, joined, table
+from liveprune.pruning.report.numbers import (
     between,
     count,
     decimals_for,
@@ -15,17 +15,10 @@ from liveprune.pruning.search.report_numbers import (
     points,
     span,
 )
+from liveprune.pruning.report.scores import MEASURED, difference_cell, remark, score_cell
 
 Json = Mapping[str, Any]
 
-MEASURED = {
-    "exact": "share of rows whose greedy answer is exactly the given one",
-    "contains": "share of rows whose greedy answer contains the given one",
-    "choice": "share of rows where the right choice is the likeliest",
-    "esap": "agreement with the full model's answers: 1 minus the total variation",
-    "kl": "agreement with the full model's answers: exp(minus the Kullback-Leibler divergence)",
-    "nll": "mean probability of the tokens of the full model's answers: 1 / perplexity",
-}
 SETS = ("train", "dev", "test")
 _OTHERS = {
     "full": "the full model",
@@ -96,14 +89,14 @@ def scores(result: Json) -> Markup:
         f"Mean score in per cent with its 95 % interval ({kind}), by {measure}{described}",
         ["model", *head],
         [
-            [name, *(_score_cell(by_set.get(x), decimals, binary) for x in sets)]
+            [name, *(score_cell(by_set.get(x), decimals, binary) for x in sets)]
             for name, by_set in models.items()
         ],
     )
     rows = [
         [
             f"{stage['name']} winner against {_OTHERS[other]}",
-            *(_difference_cell(stage["differences"][x].get(other), decimals) for x in sets),
+            *(difference_cell(stage["differences"][x].get(other), decimals) for x in sets),
         ]
         for stage in result["stages"]
         for other in _OTHERS
@@ -119,16 +112,6 @@ def scores(result: Json) -> Markup:
         )
     remarks = [el("li", text) for text in _remarks(result, sets, decimals)]
     return joined(first, second, el("ul", *remarks, class_="remarks"))
-
-
-def remark(difference: Json) -> str:
-    """What a paired difference with its interval shows, in plain words."""
-    low, high = difference["low"], difference["high"]
-    if low == high:
-        return "the same on every row" if low == 0 else "the same difference on every row"
-    if low <= 0 <= high:
-        return "no difference shown"
-    return "better" if low > 0 else "worse"
 
 
 def _remarks(result: Json, sets: list[str], decimals: int) -> Iterator[str]:
@@ -198,30 +181,3 @@ def _scored(score: Json, decimals: int) -> str:
         return f"could not be scored ({score['failure']})"
     mean = percent(score["mean"], decimals)
     return f"scores {mean} (95\N{NO-BREAK SPACE}% interval {between(score, decimals)})"
-
-
-def _score_cell(score: Json | None, decimals: int, binary: bool) -> Markup | None:
-    if score is None:
-        return None
-    if score["mean"] is None:
-        return el("span", f"failed: {score['failure']}", class_="bad")
-    right = f", {round(score['mean'] * score['n']):,} of {score['n']:,}" if binary else ""
-    return joined(
-        el("data", percent(score["mean"], decimals), value=repr(score["mean"])),
-        el("small", f"{between(score, decimals)}{right}"),
-    )
-
-
-def _difference_cell(difference: Json | None, decimals: int) -> Markup | None:
-    if difference is None:
-        return None
-    z = "" if difference["z"] is None else f", z {difference['z']:.1f}".replace("-", "\u2212")
-    return joined(
-        el(
-            "data",
-            points(difference["difference"], decimals),
-            value=repr(difference["difference"]),
-        ),
-        el("small", f"{between(difference, decimals, signed=True)}{z}"),
-        el("small", remark(difference), class_="remark"),
-    )

@@ -33,6 +33,12 @@ class Score:
         interval = mean_interval(values)
         return cls(n, float(values.mean()), interval.low, interval.high)
 
+    def __str__(self) -> str:
+        """Per cent with the interval, or why there is none."""
+        if self.mean is None or self.low is None or self.high is None:
+            return f"failed: {self.failure}"
+        return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
 
 @dataclass(frozen=True)
 class Difference:

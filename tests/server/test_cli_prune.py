@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from liveprune.pruning.errors import (
 from liveprune.pruning.evaluation import transformers_engine
 from liveprune.pruning.plan_io import CHECKPOINT_PLAN, load_plan
 from liveprune.pruning.search.presets import PRESETS, Settings
-from liveprune.server import engine_description, search_run
+from liveprune.server import engine_description
 from liveprune.server.cli import app
 from liveprune.server.engine_description import EngineDescription
 from liveprune.server.search_options import parse_settings
@@ -191,14 +189,6 @@ def test_settings_are_read_by_name() -> None:
 def test_wrong_settings_are_named(changes: list[str], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         parse_settings("liveprune", changes, groups=4)
-
-
-def test_the_first_interrupt_asks_the_search_to_stop() -> None:
-    with search_run._stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.is_set()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_candidates_live_at_once_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,7 +343,7 @@ def test_a_dead_engine_ends_it_and_a_living_one_goes_on(run_search: Search, tmp_
             raise EngineError("worker died")
 
     data["train"].before = dead
-    with pytest.raises(EngineError, match="run the search again"):
+    with pytest.raises(EngineError, match="run it again to go on"):
         run_search(**data)
     result = run_search(**sets(overlap))
     assert facts(result) == facts(run_search(**sets(overlap), folder=tmp_path / "other"))

@@ -51,6 +51,19 @@ def significant(value: float) -> str:
     return fixed(value, max(0, 2 - _magnitude(value)))
 
 
+def size(number: int) -> str:
+    """Bytes in decimal units, as memory and disks are sold."""
+    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if number >= 10**power:
+            return f"{significant(number / 10**power)}{_SPACE}{unit}"
+    return f"{number}{_SPACE}B"
+
+
+def times(value: float) -> str:
+    """A ratio, with the sign of multiplication."""
+    return f"{fixed(value, 2)}\N{MULTIPLICATION SIGN}"
+
+
 def seconds(value: float) -> str:
     """In the two largest units."""
     whole = round(value)

@@ -1,0 +1,1 @@
+"""Quality against bytes and speed: a grid of methods and budgets, measured side by side."""

@@ -1,0 +1,1 @@
+"""What reports have in common: markup by construction, numbers as people read them, axes, pages."""
