@@ -135,7 +135,7 @@ DAMAGED = {
     "swapped experts": Damaged(_swapped_experts, r"layer 0: router or experts have fingerprint"),
     "no router map": Damaged(
         _no_router_map,
-        r"layers\.1\.\S+router_map: not found; .* expected a router map \[8, 8\]",
+        r"layers\.1\.\S+router_map: not found; .* expected F32 \[8, 8\]",
         plan="router_map",
     ),
     "unknown version": Damaged(_unknown_version, r"liveprune\.version is 2; this release reads 1"),

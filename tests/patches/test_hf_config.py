@@ -63,7 +63,7 @@ def test_counts_keyed_by_layer_are_read(family: str, read_config: Read) -> None:
     stated = {str(i): i + 2 for i in moe_layers(family)}
     config = read_config(raw_config(family, num_experts_by_block=stated))
     adapt_config(config)
-    assert layers(config) == {i: [n, 2, 0] for i, n in stated.items()}
+    assert layers(config) == {i: [n, 2, 0, ""] for i, n in stated.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,10 +18,13 @@ TABLE = {"1": [5, 2, 0, ""], "2": [4, 1, 8, "router_map"], "3": [8, 2, 8, "route
 
 def engine(table: Any, **parallel: Any) -> SimpleNamespace:
     """The parts of vLLM's config that are looked at; uniform config of eight experts, top-2."""
-    config = SimpleNamespace(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+    config = SimpleNamespace(
+        model_type="mixtral", num_local_experts=8, num_experts_per_tok=2, hidden_size=64
+    )
     if table is not None:
         config.liveprune_layers = table
-    sizes = {"tensor_parallel_size": 1, "data_parallel_size": 1}
+    names = ("tensor_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
+    sizes = dict.fromkeys(names, 1)
     switches = {"enable_eplb": False, "enable_expert_parallel": False}
     return SimpleNamespace(
         additional_config={},
@@ -128,9 +131,9 @@ def test_the_config_is_uniform_again_afterwards(use: Callable[[SimpleNamespace],
 
 
 def test_other_gates_of_a_mapped_layer_keep_their_rows() -> None:
-    config = SimpleNamespace(num_local_experts=8, num_experts_per_tok=2)
+    config = SimpleNamespace(num_local_experts=8, num_experts_per_tok=2, hidden_size=64)
     architecture = layers.architecture_of({"model_type": "mixtral"})
-    with layers._layer_counts(config, architecture, 4, 2, 8):
+    with layers._layer_counts(config, architecture, 4, 2, 8, "router_map"):
         gate = Gate.__new__(Gate)
         wrap_gate_init(Gate.__init__)(gate, 64, 1)
         assert gate.rows == 1
