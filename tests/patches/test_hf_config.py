@@ -54,7 +54,7 @@ def test_lists_give_the_same_table(family: str, key: str, read_config: Read) -> 
     config = read_config(raw_config(family, **{key: counts}))
     adapt_config(config)
     assert layers(config) == {
-        str(i): [n, min(2, n), 0] for i, n in zip(moe_layers(family), counts, strict=True)
+        str(i): [n, min(2, n), 0, ""] for i, n in zip(moe_layers(family), counts, strict=True)
     }
 
 
