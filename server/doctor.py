@@ -139,6 +139,15 @@ def check_bytecode() -> Finding:
     return Finding("byte code", "ok", "present or writable")
 
 
+def check_ray() -> Finding:
+    """Only searches over many engines need it."""
+    try:
+        return Finding("ray", "ok", metadata.version("ray"))
+    except metadata.PackageNotFoundError:
+        found = "not installed; prune --actors needs it: pip install 'liveprune[ray]'"
+        return Finding("ray", "ok", found)
+
+
 def _is_cpu_build() -> bool:
     try:
         return "cpu" in metadata.version("vllm")
@@ -155,6 +164,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_threads,
     check_kv_cache,
     check_bytecode,
+    check_ray,
 )
 
 

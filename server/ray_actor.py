@@ -17,7 +17,9 @@ from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.errors import EngineError
 from liveprune.pruning.evaluation.engine import Engine
 from liveprune.pruning.plan import Plan
-from liveprune.pruning.prune import installed_versions
+
+DISTRIBUTIONS = ("liveprune", "numpy", "torch", "transformers", "vllm")
+"""What an engine's numbers hang on."""
 
 
 class Description(Protocol):
@@ -52,11 +54,7 @@ def identity(model: Path) -> dict[str, str]:
     Raises:
         CheckpointError: there is no readable checkpoint in the folder.
     """
-    found = installed_versions()
-    try:
-        found["vllm"] = metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        found["vllm"] = "not installed"
+    found = {name: _version(name) for name in DISTRIBUTIONS}
     found["source of liveprune"] = _source_digest(Path(liveprune.__file__).parent)
     found[f"checkpoint {model}"] = fingerprint_model(model)
     return found
@@ -99,6 +97,13 @@ class EngineActor:
         """Stop the engine."""
         self._engine = None
         self._stack.close()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _source_digest(package: Path) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,18 @@ def test_another_search_does_not_share_the_folder(tmp_path: Path) -> None:
             ["--method", "eep", "--train", TRAIN, "--experts", "4", "--engine", "llama"],
             "--engine: found 'llama', expected vllm, transformers or the URL",
         ),
+        (["--method", "reap", "--actors", "2"], "--actors: found with method reap"),
+        (
+            ["--method", "eep", "--train", TRAIN, "--experts", "4", "--ray-address", "auto"],
+            "--ray-address: found without --actors",
+        ),
+        (
+            [
+                *("--method", "eep", "--train", TRAIN, "--experts", "4", "--actors", "2"),
+                *("--engine", "http://127.0.0.1:8001"),
+            ],
+            "--actors: found with the URL of a server",
+        ),
     ],
 )
 def test_refusals_come_before_the_engine(
@@ -131,6 +144,15 @@ def test_refusals_come_before_the_engine(
 ) -> None:
     with pytest.raises(LiveprunError, match=message):
         run("prune", DEMO, "-o", tmp_path / "out", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_ray_actors_are_refused_before_calibrating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(IncompatibleEnvironmentError, match=r"pip install 'liveprune\[ray\]'"):
+        run(*SEARCH, "-o", tmp_path / "out", "--actors", "2", "--start", "reap")
     assert not list(tmp_path.iterdir())
 
 

@@ -98,3 +98,15 @@ def test_the_command_prints_json_and_its_status_says_whether_there_are_errors(
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
     assert json.loads(result.stdout) == [vars(finding)]
+
+
+def test_ray_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_ray() == Finding("ray", "ok", importlib.metadata.version("ray"))
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    finding = doctor.check_ray()
+    assert finding.status == "ok"
+    assert "pip install 'liveprune[ray]'" in finding.found
