@@ -116,7 +116,7 @@ def tasks(result: Json) -> Markup | None:
         [
             [
                 _name(name),
-                *(score_cell(x["tasks"][t], places, _binary(result)) for t in result["data"]),
+                *(score_cell(x["tasks"][t], places, binary) for t in result["data"]),
             ]
             for name, x in named.items()
         ],
