@@ -286,6 +286,8 @@ def prune(
         from liveprune.server.evoesap_run import BUDGET_SETTINGS, evoesap
         from liveprune.server.live_options import parse_bytes
 
+        skipped = numbers("--skip-layers", skip_layers)
+        active = number_or_list("--top-k", top_k)
         own = {name: x for name, x in named.items() if not searches or name not in BUDGET_SETTINGS}
         with ExitStack() as stack:
             allocator: Any = None if allocate is None else allocate.value
@@ -302,7 +304,7 @@ def prune(
                     ),
                     tau=tau,
                     nmi=nmi,
-                    top_k=number_or_list("--top-k", top_k),
+                    top_k=active,
                     calibration=calibration,
                     seed=seed,
                     allocate=allocator,
@@ -313,7 +315,7 @@ def prune(
                     ),
                     options=own,
                     keep_gate_rows=None if router is None else router is GateRows.KEEP,
-                    skip_layers=numbers("--skip-layers", skip_layers),
+                    skip_layers=skipped,
                     keep_super_experts=keep_super_experts,
                     max_tokens=max_tokens,
                     max_rows=max_rows,

@@ -106,7 +106,7 @@ def tasks(result: Json) -> Markup | None:
     """Scores by file; None where there is one."""
     if len(result["data"]) < 2:
         return None
-    places = decimals(result)
+    places, binary = decimals(result), _binary(result)
     head = [f"{name}, {count(x['rows'], 'row')}" for name, x in result["data"].items()]
     named = {"full model": result["full"]}
     named |= {x["name"]: x for x in result["points"] if "score" in x}
@@ -116,7 +116,7 @@ def tasks(result: Json) -> Markup | None:
         [
             [
                 _name(name),
-                *(score_cell(x["tasks"][t], places, _binary(result)) for t in result["data"]),
+                *(score_cell(x["tasks"][t], places, binary) for t in result["data"]),
             ]
             for name, x in named.items()
         ],
