@@ -6,11 +6,19 @@ from typing import Any
 import pytest
 
 from liveprune.pruning.errors import DataError, EngineError
+from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.pareto.timing import Ratio, Workload, measure, speeds
-from tests.pruning.pareto.worlds import plan_of
+from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from tests.pruning.search.fakes import spec_of
 
 TEXT = list(range(100))
+
+
+def plan_of(spec: ModelSpec, kept: Sequence[int] = (0, 1), top_k: int = 1) -> Plan:
+    layers = [LayerPlan(x.index, x.experts, top_k, tuple(kept)) for x in spec.layers]
+    return Plan(
+        spec.architecture.model_type, spec.num_hidden_layers, tuple(layers), Lineage("test")
+    )
 
 
 class Stopwatch:
