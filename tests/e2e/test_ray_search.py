@@ -188,7 +188,7 @@ def test_interrupted_like_in_a_shell_it_goes_on_with_other_actors_or_none(tmp_pa
         os.killpg(child.pid, signal.SIGINT)  # what Ctrl-C does: to the actors, too
         _, errors = child.communicate(timeout=300)
     assert child.returncode == 2
-    assert "search cancelled; run it again" in errors
+    assert "cancelled; run it again with the same arguments" in errors
     assert "is replaced" not in errors
     check_ended(processes)
     kept = lines(journal_of(pruned))
