@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.eep import save
 from benchmarks.machine import describe_machine
-from benchmarks.methods_table import tables
+from benchmarks.methods_table import MIX, Row, tables
 from liveprune.patches.scoring_engine import ScoringEngine
 from liveprune.pruning.demo import model_path, rows_path, task_names
 from liveprune.pruning.errors import LiveprunError
@@ -36,32 +36,9 @@ from liveprune.pruning.prune import make_plan
 RESULT = Path("benchmarks/results/methods.json")
 BUDGETS = ((4, 2), (4, 1), (2, 1))
 """(experts kept per layer on average, top-k)."""
-MIX = "mix"
 BATCH = 15
 """Plans scored in one call."""
 TRAIN_ROWS = 128
-
-
-@dataclass(frozen=True)
-class Row:
-    """One plan on the rows of one task."""
-
-    model: str
-    """``specialised`` or ``generalist``."""
-    calibrated: str
-    """The task whose train rows the plan is made from, or ``mix``."""
-    task: str
-    method: str
-    experts: int
-    top_k: int
-    seed: int
-    dev: float
-    test: float
-    extra_bytes: int
-    """Of what a plan keeps beside as many experts as any other: gate rows, constants."""
-    seconds: float
-    """CPU seconds to make the plan."""
-    failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,34 @@
-"""The tables of ``benchmarks.methods``, as Markdown."""
+"""What ``benchmarks.methods`` finds, and its tables as Markdown."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from benchmarks.methods import Row
+from dataclasses import dataclass
 
 MIX = "mix"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan on the rows of one task."""
+
+    model: str
+    """``specialised`` or ``generalist``."""
+    calibrated: str
+    """The task whose train rows the plan is made from, or ``mix``."""
+    task: str
+    method: str
+    experts: int
+    top_k: int
+    seed: int
+    dev: float
+    test: float
+    extra_bytes: int
+    """Of what a plan keeps beside as many experts as any other: gate rows, constants."""
+    seconds: float
+    """CPU seconds to make the plan."""
+    failure: str = ""
 
 
 def tables(rows: Sequence[Row]) -> str:
