@@ -2,6 +2,8 @@
 
     python -m liveprune.pruning.demo.train --output build/generalist --balance generalist
     python -m benchmarks.methods --generalist build/generalist [--seeds 5] [--methods reap naee]
+    python -m benchmarks.eep --model build/generalist --folder build/eep-generalist \
+        --result benchmarks/results/eep-generalist.json
     python -m benchmarks.methods --table        (the tables of docs/comparison.md, from the JSON)
 
 A plan is made from train rows of one task, or of all six in equal parts ("mix"); a seed draws which
@@ -20,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.eep import save
+from benchmarks import eep
+
 from benchmarks.machine import describe_machine
 from benchmarks.methods_table import MIX, Row, tables
 from liveprune.patches.scoring_engine import ScoringEngine
@@ -34,6 +37,8 @@ from liveprune.pruning.plan import Plan
 from liveprune.pruning.prune import make_plan
 
 RESULT = Path("benchmarks/results/methods.json")
+SEARCHED = {"specialised": eep.RESULT, "generalist": Path("benchmarks/results/eep-generalist.json")}
+"""What ``benchmarks.eep`` found on the two models."""
 BUDGETS = ((4, 2), (4, 1), (2, 1))
 """(experts kept per layer on average, top-k)."""
 BATCH = 15
@@ -184,6 +189,23 @@ def run(models: dict[str, Path], methods: Sequence[Method], folder: Path, seeds:
     return rows
 
 
+def searched() -> Iterator[Row]:
+    """EEP's winners at the same budgets, from the results of ``benchmarks.eep``."""
+    spec = ModelSpec.from_path(model_path())
+    layers, width = len(spec.layers), spec.layers[0].experts
+    for model, path in SEARCHED.items():
+        found = [eep.Row(**row) for row in json.loads(path.read_text())["rows"]]
+        for row in found:
+            kept = int(row.experts)
+            if not row.method.startswith("eep ") or (kept, row.top_k) not in BUDGETS:
+                continue
+            # A merged variant keeps the gate's rows and has a router map.
+            gate, mapping = 2 * spec.hidden_size * (width - kept), 4 * kept * width
+            extra = layers * (gate + mapping) if "merge" in row.method else 0
+            numbers = (row.seed, row.dev or 0.0, row.test, extra, row.seconds)
+            yield Row(model, row.task, row.task, row.method, kept, row.top_k, *numbers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -196,7 +218,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of --result")
     chosen = parser.parse_args()
     if chosen.table:
-        print(tables([Row(**row) for row in json.loads(chosen.result.read_text())["rows"]]))
+        rows = [Row(**row) for row in json.loads(chosen.result.read_text())["rows"]]
+        print(tables([*rows, *searched()]))
         return
     logging.getLogger("vllm").setLevel(logging.ERROR)
     models = {"specialised": model_path()}
@@ -205,7 +228,7 @@ def main() -> None:
     methods = [METHODS[name] for name in chosen.methods]
     rows = run(models, methods, chosen.folder, chosen.seeds)
     content = {"machine": describe_machine(), "train_rows": TRAIN_ROWS, "seeds": chosen.seeds}
-    save(chosen.result, {**content, "rows": [asdict(row) for row in rows]})
+    eep.save(chosen.result, {**content, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":
