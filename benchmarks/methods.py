@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import eep
-
 from benchmarks.machine import describe_machine
 from benchmarks.methods_table import MIX, Row, tables
 from liveprune.patches.scoring_engine import ScoringEngine
