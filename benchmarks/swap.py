@@ -29,23 +29,22 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import httpx
-import psutil
 import torch
 
 from benchmarks.machine import describe_machine
 from benchmarks.models import ModelShape, describe, merge_plan, prune_plan, write_model
 from benchmarks.rounds import alternate, speed, spread
+from benchmarks.served import FLAGS, POLL, Served, write_tokenizer
+from benchmarks.streams import NAME, PROMPTS, ask, read, streaming
 from liveprune.patches.elastic_memory import elastic_tensor
 from liveprune.patches.expert_packing import Packing
 from liveprune.patches.expert_reader import ExpertReader
@@ -56,20 +55,13 @@ from liveprune.patches.row_writer import RowWriter
 from liveprune.pruning.checkpoint.apply import apply_plan
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan_io import load_plan, save_plan
-from liveprune.server.admin_client import AdminClient
-from liveprune.server.admin_key import KEY_FILE
 from liveprune.server.served_model import ServedModel
 
 PARTS = ("rates", "load", "memory", "others")
 TAGS = ("full", "e4k1", "merged")
-NAME = "model"
-PROMPTS = [" ".join(f"t{8 + (37 * i + 11 * j) % 1000}" for j in range(16)) for i in range(8)]
-FLAGS = ["--enforce-eager", "--max-model-len", "512", "--disable-log-stats"]
 COPY = {1: "copy, 1 thread", 2: "copy, 2 threads"}
 SEEN = 3
 """Times that the pause of each swap, and of a reload, is looked at."""
-POLL = 0.1
-"""Seconds between looks at an operation."""
 Json = dict[str, Any]
 
 
@@ -92,11 +84,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="rates: evict the files before a fill")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's)")
     parser.add_argument("--output", type=Path, help="JSON file that the numbers are added to")
-    parser.add_argument("--clients", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.clients:
-        _clients(**json.loads(arguments.clients))
-        return
     with tempfile.TemporaryDirectory(prefix="swap-", dir=arguments.folder) as folder:
         if "rates" in arguments.parts:
             _report("rates", _rates(Path(folder), arguments), arguments)
@@ -110,7 +98,7 @@ def _report(name: str, found: Json, arguments: argparse.Namespace) -> None:
     {"rates": _print_rates, "load": _print_load}.get(name.partition(",")[0], _print_plain)(found)
     if output := arguments.output:
         whole = json.loads(output.read_text()) if output.exists() else {}
-        left_out = ("folder", "output", "clients")
+        left_out = ("folder", "output")
         settings = {key: x for key, x in vars(arguments).items() if key not in left_out}
         whole[name] = {"machine": describe_machine(), "settings": settings, **found}
         output.write_text(json.dumps(whole, indent=1) + "\n")
@@ -279,54 +267,12 @@ def _print_rates(result: Json) -> None:
         )
 
 
-# ---- a server and its streams
-
-
-class Served:
-    """A server with live variants, and one hand on its admin API."""
-
-    def __init__(self, model: Path, dtype: str) -> None:
-        self.state = model.parent / f"state-{model.name}"
-        folder = model.parent
-        self.server = ServedModel(
-            model,
-            log=folder / f"live-{model.name}.log",
-            flags=[*FLAGS, "--dtype", dtype, "--plan-root", str(folder)],
-            name=NAME,
-            state=self.state,
-        )
-        self.server.wait_ready()
-        key = (self.state / KEY_FILE).read_text().split()[-1]
-        self.admin = AdminClient(self.server.admin_url, key)
-        children = psutil.Process(self.server.pid).children(recursive=True)
-        self.worker = max(children, key=lambda x: int(x.memory_info().rss))
-
-    def follow(self, operation: Json, states: list[tuple[float, str]] | None = None) -> Json:
-        """Wait for an operation's end; ``states`` gets what was seen when."""
-        while operation["finished"] is None:
-            time.sleep(POLL)
-            operation = self.admin.operation(operation["id"])
-            if states is not None:
-                states.append((time.monotonic(), operation["state"]))
-        return operation
-
-    def swap(self, tag: str) -> Json:
-        """Must work; for what is not measured."""
-        operation = self.follow(self.admin.swap(tag))
-        if operation["state"] != "done":
-            raise RuntimeError(f"swap to {tag}: {operation}")
-        return operation
-
-    def resident(self) -> int:
-        return int(self.worker.memory_info().rss)
-
-
 def _serve(folder: Path, dtype: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Json]]:
     """The parts that need servers; after the first type only ``load`` is measured."""
     shape = ModelShape(arguments.hidden, arguments.intermediate, arguments.layers, dtype=dtype)
     model = folder / dtype
     write_model(model, shape)
-    _write_tokenizer(model, shape.vocabulary)
+    write_tokenizer(model, shape.vocabulary)
     save_plan(prune_plan(shape, 4, 1), folder / "e4k1.json")
     save_plan(merge_plan(shape, 4, 2), folder / "merged.json")
     parts = arguments.parts if dtype == arguments.dtypes[0] else {"load"} & {*arguments.parts}
@@ -350,113 +296,6 @@ def _serve(folder: Path, dtype: str, arguments: argparse.Namespace) -> Iterator[
         yield "others", others
 
 
-def _write_tokenizer(model: Path, vocabulary: int) -> None:
-    """One word a token, so that equal texts are equal tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"t{number}": number for number in range(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, "t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"unk_token": "t0", "bos_token": "t1", "eos_token": "t2"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(model)
-
-
-# ---- clients: a process of their own that stores lines as they come and reads them afterwards
-
-
-async def _ask(port: int, model: str, prompt: str, tokens: int) -> list[tuple[float, bytes]]:
-    """One streamed answer: every line and when it came; the last one is what went wrong."""
-    body: Json = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
-    content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    lines = [(time.monotonic(), b"")]
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head.encode() + content)
-        while line := await reader.readline():
-            if len(line) > 2:
-                lines.append((time.monotonic(), line))
-        writer.close()
-    except OSError as error:
-        lines.append((time.monotonic(), b"error: " + str(error).encode()))
-    return lines
-
-
-def _read(prompt: int, lines: Sequence[tuple[float, bytes]]) -> Json:
-    found: Json = {"prompt": prompt, "asked": lines[0][0], "header": "", "models": [], "text": ""}
-    found |= {
-        "finish": "",
-        "done": False,
-        "error": "",
-        "times": [],
-        "ended": lines[-1][0],
-        "tokens": 0,
-    }
-    for when, line in lines[1:]:
-        name, _, value = line.decode().strip().partition(": ")
-        if name.startswith("HTTP/1.1") and " 200 " not in name:
-            found["error"] = name
-        elif name.lower() == "x-liveprune-variant":
-            found["header"] = value
-        elif name == "error":
-            found["error"] = value
-        elif name == "data" and value == "[DONE]":
-            found["done"] = True
-        elif name == "data":
-            chunk = json.loads(value)
-            found["error"] = found["error"] or str(chunk.get("error", ""))
-            found["models"] = sorted({*found["models"], chunk.get("model", "")})
-            # Not words of the text: special tokens are not in it.
-            found["tokens"] = (chunk.get("usage") or {}).get("completion_tokens", 0)
-            for choice in chunk.get("choices", ()):
-                found["text"] += choice["text"]
-                found["finish"] = choice["finish_reason"] or found["finish"]
-                found["times"].append(when)
-    return found
-
-
-def _clients(port: int, streams: int, tokens: int, output: str) -> None:
-    """Ask until standard input ends."""
-    records: list[tuple[int, list[tuple[float, bytes]]]] = []
-    stop = threading.Event()
-
-    async def client(number: int) -> None:
-        while not stop.is_set():
-            prompt = number % len(PROMPTS)
-            lines = await _ask(port, NAME, PROMPTS[prompt], tokens)
-            records.append((prompt, lines))
-            number += 1
-            if b"error" in lines[-1][1][:5]:
-                await asyncio.sleep(0.1)
-
-    async def run() -> None:
-        await asyncio.gather(*(client(number) for number in range(streams)))
-
-    def watch() -> None:
-        sys.stdin.read()
-        stop.set()
-
-    threading.Thread(target=watch, daemon=True).start()
-    asyncio.run(run())
-    Path(output).write_text(json.dumps([_read(*record) for record in records]))
-
-
-@contextlib.contextmanager
-def _streaming(port: int, streams: int, tokens: int, output: Path) -> Iterator[None]:
-    what = json.dumps({"port": port, "streams": streams, "tokens": tokens, "output": str(output)})
-    command = [sys.executable, "-m", "benchmarks.swap", "--clients", what]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        try:
-            time.sleep(5)  # imports
-            yield
-        finally:
-            cast("Any", process.stdin).close()
-            process.wait()
-
-
 # ---- load
 
 
@@ -465,14 +304,14 @@ def _load(served: Served, arguments: argparse.Namespace) -> Json:
     for tag in TAGS[1:] + TAGS[:1]:
         served.swap(tag)
         for number, prompt in enumerate(PROMPTS):
-            lines = asyncio.run(_ask(served.server.port, NAME, prompt, arguments.tokens))
-            golden[f"{NAME}:{tag}", number] = _read(number, lines)["text"]
+            lines = asyncio.run(ask(served.server.port, NAME, prompt, arguments.tokens))
+            golden[f"{NAME}:{tag}", number] = read(number, lines)["text"]
     output = served.state / "streams.json"
     windows: list[Json] = []
     swaps: list[Json] = []
     states: list[tuple[float, str]] = []
     order = _turns()
-    with _streaming(served.server.port, arguments.streams, arguments.tokens, output):
+    with streaming(served.server.port, arguments.streams, arguments.tokens, output):
         for number in range(2 * round(arguments.seconds / arguments.window)):
             quiet = number % 2 == 0
             if quiet:
@@ -662,7 +501,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            found = _read(0, asyncio.run(_ask(self._port, NAME, PROMPTS[0], 16)))
+            found = read(0, asyncio.run(ask(self._port, NAME, PROMPTS[0], 16)))
             if found["times"]:
                 self.first.setdefault(found["header"], found["times"][0])
             self.times += found["times"]
@@ -692,7 +531,7 @@ def _restart(folder: Path, model: Path, dtype: str) -> Json:
     applied = folder / "applied"
     start = time.monotonic()
     apply_plan(model, load_plan(folder / "e4k1.json"), applied)
-    _write_tokenizer(applied, ModelShape(128, 128, 1).vocabulary)
+    write_tokenizer(applied, ModelShape(128, 128, 1).vocabulary)
     apply_seconds = time.monotonic() - start
     flags = [*FLAGS, "--dtype", dtype]
     with ServedModel(model, log=folder / "old.log", flags=flags, name=NAME) as old:
@@ -702,7 +541,7 @@ def _restart(folder: Path, model: Path, dtype: str) -> Json:
     down = time.monotonic() - stopped
     with ServedModel(applied, log=folder / "new.log", flags=flags, name=NAME) as new:
         new.wait_ready()
-        answer = _read(0, asyncio.run(_ask(new.port, NAME, PROMPTS[0], 16)))
+        answer = read(0, asyncio.run(ask(new.port, NAME, PROMPTS[0], 16)))
         pause = answer["times"][0] - stopped
     return {"apply": apply_seconds, "stop": down, "pause": pause}
 
@@ -719,8 +558,8 @@ def _reload(folder: Path, model: Path, dtype: str) -> Json:
     taken = []
 
     def texts() -> list[str]:
-        answers = [asyncio.run(_ask(server.port, NAME, prompt, 16)) for prompt in PROMPTS]
-        return [_read(0, lines)["text"] for lines in answers]
+        answers = [asyncio.run(ask(server.port, NAME, prompt, 16)) for prompt in PROMPTS]
+        return [read(0, lines)["text"] for lines in answers]
 
     with server, httpx.Client(base_url=server.base_url, timeout=600) as http:
         server.wait_ready()
