@@ -100,8 +100,10 @@ def test_clear_forgets_everything() -> None:
 
 def test_addresses_never_change() -> None:
     made = tables(hidden=2)
-    names = ("allow", "top_k", "row_of", "is_mapped", "map_allow", "router_map", "map_row")
-    names += ("constants", "stand_in")
+    names = (
+        *("allow", "top_k", "row_of", "is_mapped", "map_allow", "router_map", "map_row"),
+        *("constants", "stand_in"),
+    )
     before = [getattr(made, name).data_ptr() for name in names]
     made.set_base(0)
     made.set_kept(1, [0, 1], 2, [6, 7])
