@@ -14,7 +14,7 @@ from rich.table import Table
 
 from liveprune.pruning.errors import LiveprunError, VariantError
 from liveprune.server import cli_live
-from liveprune.server.admin_key import STATE_VARIABLE
+from liveprune.server.admin_key import STATE_VARIABLE, STORE_VARIABLE
 from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
 from liveprune.server.cli_pareto import pareto
 from liveprune.server.cli_prune import prune
@@ -94,7 +94,21 @@ def serve(
     ] = 16,
     state_dir: Annotated[
         Path | None,
-        typer.Option(envvar=STATE_VARIABLE, help="Variants, admin key and audit log."),
+        typer.Option(envvar=STATE_VARIABLE, help="Variants, jobs, audit log and admin key."),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=STORE_VARIABLE,
+            help="PostgreSQL that replicas share; default: SQLite in the state folder.",
+        ),
+    ] = None,
+    store_files: Annotated[
+        Path | None, typer.Option(help="Folder that replicas share; default: the state folder.")
+    ] = None,
+    replica: Annotated[
+        str | None, typer.Option(help="Name of this server among them; default: the host's.")
     ] = None,
     plan_root: Annotated[
         list[Path] | None,
@@ -133,6 +147,9 @@ def serve(
         admin_host=admin_host,
         admin_port=admin_port,
         admin_key_file=admin_key_file,
+        store=store,
+        store_files=store_files,
+        replica=replica,
     )
     if options.insists and not live:
         raise VariantError("--no-live: found together with --variant or --resident, expected one")

@@ -19,7 +19,7 @@ from liveprune.server import admin_server, live_metrics, public_health
 from liveprune.server.admin_api import make_app
 from liveprune.server.admin_key import server_keys
 from liveprune.server.allowed_paths import default_roots
-from liveprune.server.audit import AUDIT_FILE, AuditLog
+from liveprune.server.audit import AuditLog
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
@@ -63,7 +63,7 @@ class LiveServer:
         self._base, self._folder, self._options, self._resident = base, folder, options, resident
         self._prompts = _own_prompts(options.canary_prompts, base)
         self._rebuild = RebuildFolder(folder.path, base)
-        self._audit = AuditLog(options.state / AUDIT_FILE)
+        self._audit = AuditLog(folder.store)
         self._keys = server_keys(options.admin_key_file, options.state, public=public_keys)
         self._listener = admin_server.bind(options.admin_host, options.admin_port)
 

@@ -45,6 +45,12 @@ class LiveOptions:
     admin_host: str = "127.0.0.1"
     admin_port: int = 8001
     admin_key_file: Path | None = None
+    store: str | None = None
+    """URL of the database; None: SQLite in the state folder."""
+    store_files: Path | None = None
+    """Folder of plans and jobs; None: the state folder. Replicas share it."""
+    replica: str | None = None
+    """Name of this server among those that share the database; None: the host's."""
 
     @property
     def insists(self) -> bool:

@@ -62,8 +62,8 @@ def test_what_is_saved_comes_back(path: Path, base: Path) -> None:
     assert saved(path, base).state == STATE
     folder = StateFolder(path, base)
     assert folder.state == STATE
-    assert folder.load_plan(PLAN.digest) == PLAN
-    assert folder.load_plan(MERGED.digest) == MERGED
+    assert folder.store.plans.load(PLAN.digest) == PLAN
+    assert folder.store.plans.load(MERGED.digest) == MERGED
     assert sorted(x.name for x in (path / "plans").iterdir()) == sorted(
         [f"{PLAN.digest}.json", f"{MERGED.digest}.json", f"{MERGED.digest}.safetensors"]
     )
@@ -167,15 +167,15 @@ def test_a_full_disk_leaves_the_old_state(
 def test_plans_that_are_missing_or_not_what_their_name_says(path: Path, base: Path) -> None:
     saved(path, base)
     folder = StateFolder(path, base)
-    file = folder.plan_path(PLAN.digest)
-    file.write_text(folder.plan_path(MERGED.digest).read_text())
+    file = folder.store.plans.path(PLAN.digest)
+    file.write_text(folder.store.plans.path(MERGED.digest).read_text())
     with pytest.raises(PlanError, match=f"holds the plan {MERGED.digest}, expected {PLAN.digest}"):
-        folder.load_plan(PLAN.digest)
+        folder.store.plans.load(PLAN.digest)
     file.unlink()
     with pytest.raises(PlanError, match="not readable as a plan"):
-        folder.load_plan(PLAN.digest)
+        folder.store.plans.load(PLAN.digest)
     folder.store_plan(PLAN)
-    assert folder.load_plan(PLAN.digest) == PLAN
+    assert folder.store.plans.load(PLAN.digest) == PLAN
 
 
 def test_only_plans_that_no_variant_has_are_discarded(path: Path, base: Path) -> None:
@@ -184,7 +184,7 @@ def test_only_plans_that_no_variant_has_are_discarded(path: Path, base: Path) ->
     for digest in (PLAN.digest, MERGED.digest, None):
         folder.golden_path(digest, "key").write_text("{}")
     folder.discard(MERGED.digest)
-    assert folder.load_plan(MERGED.digest) == MERGED
+    assert folder.store.plans.load(MERGED.digest) == MERGED
     folder.save(replace(STATE, variants={"a": PLAN.digest}))
     folder.discard(MERGED.digest)
     assert [x.name for x in (path / "plans").iterdir()] == [f"{PLAN.digest}.json"]
