@@ -34,7 +34,7 @@ async def look_again(folder: StateFolder, registry: Registry, runner: OperationR
         return
     variants = await asyncio.to_thread(folder.refresh)
     read, problems = await asyncio.to_thread(_read, folder, registry, variants)
-    if runner.busy:
+    if runner.current is not None:  # begun meanwhile
         return
     for problem in problems:
         logger.warning("%s", problem)

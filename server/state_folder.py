@@ -87,13 +87,15 @@ class StateFolder:
                 (path / folder).mkdir(mode=0o700, exist_ok=True)
             for left in (path / "candidates").iterdir():  # by a server that was killed
                 left.unlink()
-            self._base = base_fingerprint(base)
-            known = model or self._base["config"]
+            before = base_fingerprint(base)
+            known = model or before["config"]
+            self._base = {**before, "fingerprint": known}
             shared = path if files is None else files / known
+            self._own_store = store_url is None
             self.store = Store(shared, known, url=store_url, replica=replica)
             self._sizes: dict[str, int] = {}
             self._saved: dict[str, str] = {}
-            self._take_over()
+            self._take_over(before)
             self.state = self._read()
         except BaseException:
             self.close()
@@ -163,10 +165,10 @@ class StateFolder:
         for file in (self.path / "golden").glob(f"{digest}-*.json"):
             file.unlink(missing_ok=True)
 
-    def _take_over(self) -> None:
+    def _take_over(self, base: Mapping[str, str]) -> None:
         """Move the state of a release before the store into it, once."""
         path = self.path / OLD_FILE
-        state = read_form(path, VERSION, self._base, _state_of)
+        state = read_form(path, VERSION, base, _state_of)
         if state is not None:
             self.save(state)
             path.rename(path.with_name(f"{OLD_FILE}.imported"))
@@ -174,10 +176,12 @@ class StateFolder:
     def _read(self) -> SavedState:
         variants = {tag: x.digest for tag, x in self.store.variants.all().items()}
         self._saved = dict(variants)
-        form = self.store.servers.read()
+        form, where = self.store.servers.read(), f"store of {self.path}"
+        if form is None and self._own_store:
+            # Of a model that was here before: its golden answers and plans are not this one's.
+            form = next(iter(self.store.servers.of_other_models()), None)
         if form is None:
             return SavedState(variants)
-        where = f"store of {self.path}"
         return parse_form(where, {**form, "variants": variants}, VERSION, self._base, _state_of)
 
 

@@ -28,6 +28,12 @@ class Servers:
         with transaction(self._engine) as connection:
             return self._states(connection).get(self.replica)
 
+    def of_other_models(self) -> list[Mapping[str, Any]]:
+        """States of replicas of other models in this database."""
+        query = sa.select(_TABLE.c.state).where(_TABLE.c.model != self._model)
+        with transaction(self._engine) as connection:
+            return [row.state for row in connection.execute(query)]
+
     def all(self) -> Mapping[str, Mapping[str, Any]]:
         """By replica."""
         with transaction(self._engine) as connection:
