@@ -18,6 +18,7 @@ from liveprune.server.admin_key import STATE_VARIABLE, STORE_VARIABLE
 from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
 from liveprune.server.cli_pareto import pareto
 from liveprune.server.cli_prune import prune
+from liveprune.server.cli_store import store_app
 
 app = typer.Typer(
     help="Prune a sparse mixture-of-experts model and serve it on vLLM.",
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(prune)
 app.command()(pareto)
 cli_live.register(app)
+app.add_typer(store_app, name="store")
 console = Console()
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -107,6 +109,9 @@ def serve(
     store_files: Annotated[
         Path | None, typer.Option(help="Folder that replicas share; default: the state folder.")
     ] = None,
+    store_quota: Annotated[
+        str, typer.Option(metavar="BYTES", help="Bound of those files.")
+    ] = "10GiB",
     replica: Annotated[
         str | None, typer.Option(help="Name of this server among them; default: the host's.")
     ] = None,
@@ -149,6 +154,7 @@ def serve(
         admin_key_file=admin_key_file,
         store=store,
         store_files=store_files,
+        store_quota=parse_bytes("--store-quota", store_quota),
         replica=replica,
     )
     if options.insists and not live:

@@ -49,6 +49,8 @@ class LiveOptions:
     """URL of the database; None: SQLite in the state folder."""
     store_files: Path | None = None
     """Folder of plans and jobs; None: the state folder. Replicas share it."""
+    store_quota: int = 10 * 2**30
+    """Bytes of those files; 0: no bound."""
     replica: str | None = None
     """Name of this server among those that share the database; None: the host's."""
 

@@ -127,6 +127,7 @@ def prepare_live(
         store_url=options.store,
         files=options.store_files,
         replica=options.replica,
+        quota=options.store_quota,
     )
     try:
         resident = note_variants(folder, plans, options.resident)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class StateFolder:
         store_url: str | None = None,
         files: Path | None = None,
         replica: str | None = None,
+        quota: int = 0,
     ) -> None:
         """Open ``path``, made with mode 0700 if it is not there, for the checkpoint ``base``.
 
@@ -71,6 +73,7 @@ class StateFolder:
             store_url: see ``Store``.
             files: folder of the store's files for all models; None: this one.
             replica: see ``Store``.
+            quota: see ``Store``.
 
         Raises:
             ConflictError: another server uses it.
@@ -92,7 +95,7 @@ class StateFolder:
             self._base = {**before, "fingerprint": known}
             shared = path if files is None else files / known
             self._own_store = store_url is None
-            self.store = Store(shared, known, url=store_url, replica=replica)
+            self.store = Store(shared, known, url=store_url, replica=replica, quota=quota)
             self._sizes: dict[str, int] = {}
             self._saved: dict[str, str] = {}
             self._take_over(before)
@@ -141,8 +144,10 @@ class StateFolder:
         """Write a plan; one that is there already is written again, which mends it.
 
         Raises:
+            StoreError: the quota is used up.
             OSError: the disk is full, or the folder cannot be written to.
         """
+        self.store.check_room()
         self._sizes[plan.digest] = self.store.plans.save(plan)
 
     def candidate_path(self, digest: str) -> Path:
@@ -206,6 +211,21 @@ def _state_of(form: dict[str, Any]) -> SavedState:
 def _expect(value: object, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(f"found {value!r}, expected {expected}")
+
+
+@contextmanager
+def locked(path: Path, *, needed: bool) -> Iterator[None]:
+    """Keep servers from using a state folder; without ``needed`` nothing is done.
+
+    Raises:
+        ConflictError: a server uses it.
+    """
+    handle = _lock(path) if needed else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _lock(path: Path) -> int:

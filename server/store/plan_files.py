@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from liveprune.pruning.errors import PlanError
+from liveprune.pruning.files import write_atomic
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_io import load_plan, save_plan
 
@@ -32,7 +33,7 @@ class PlanFiles:
             OSError: the disk is full, or the folder cannot be written to.
         """
         save_plan(plan, self.path(plan.digest))
-        return sum(file.stat().st_size for file in self._files(plan.digest) if file.exists())
+        return sum(file.stat().st_size for file in self.parts(plan.digest))
 
     def load(self, digest: str) -> Plan:
         """Read a plan.
@@ -50,6 +51,15 @@ class PlanFiles:
         """Delete a plan, if it is there."""
         for file in self._files(digest):
             file.unlink(missing_ok=True)
+
+    def parts(self, digest: str) -> list[Path]:
+        """The files of a plan."""
+        path, matrices = self._files(digest)
+        return [path, matrices] if matrices.exists() else [path]
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file of a plan as it was elsewhere."""
+        write_atomic(self.folder / name, content)
 
     def digests(self) -> Iterator[str]:
         """Of all plans that are complete, and of matrices that a crash left without one."""
