@@ -117,7 +117,10 @@ def _engine(url: URL) -> Engine:
 
 def _to_json(value: object) -> str:
     # PostgreSQL has no NaN in JSON, and no other reader expects one.
-    return json.dumps(value, allow_nan=False)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise StoreError(f"store: not to be written as JSON: {error}") from error
 
 
 def _make_private(path: Path) -> None:
