@@ -44,11 +44,12 @@ class World:
         limits: Mapping[State, float] | None = None,
         memory_target: int | None = None,
         grace: float = 1.0,
+        store: Mapping[str, Any] | None = None,
         **engine_options: Any,
     ) -> None:
         self.base = fake_base(folder / "base")
         self.engine = engine or FakeEngine(self.base, **engine_options)
-        self.folder = StateFolder(folder / "state", self.base)
+        self.folder = StateFolder(folder / "state", self.base, **(store or {}))
         self.control = Control(
             "m",
             ["alias"],
@@ -111,7 +112,7 @@ class World:
             "alias": state.alias,
             "previous": state.previous,
             "candidates": list((self.folder.path / "candidates").iterdir()),
-            "plans": {path.stem for path in (self.folder.path / "plans").iterdir()},
+            "plans": {path.stem for path in self.folder.store.plans.folder.iterdir()},
         }
 
     def read_state(self) -> SavedState:
@@ -143,7 +144,7 @@ class World:
         state = self.read_state()
         assert set(state.live) == set(registry.live)
         assert (state.alias, state.previous) == (registry.alias, registry.previous)
-        plans = {path.stem for path in (self.folder.path / "plans").iterdir()}
+        plans = {path.stem for path in self.folder.store.plans.folder.iterdir()}
         assert plans == set(state.variants.values())
 
 
