@@ -112,6 +112,9 @@ def serve(
     store_quota: Annotated[
         str, typer.Option(metavar="BYTES", help="Bound of those files.")
     ] = "10GiB",
+    keep_jobs: Annotated[
+        int, typer.Option(min=0, help="Ended jobs that keep their journals and logs.")
+    ] = 50,
     replica: Annotated[
         str | None, typer.Option(help="Name of this server among them; default: the host's.")
     ] = None,
@@ -155,6 +158,7 @@ def serve(
         store=store,
         store_files=store_files,
         store_quota=parse_bytes("--store-quota", store_quota),
+        keep_jobs=keep_jobs,
         replica=replica,
     )
     if options.insists and not live:

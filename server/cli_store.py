@@ -45,14 +45,17 @@ def check_store(
 ) -> None:
     """Say what is missing, damaged or left over; exit status 1 if anything is."""
     from liveprune.server.store import check as checks
+    from liveprune.server.store.store import ALL_JOBS
 
     with _opened(model, state_dir, store, store_files, idle=repair) as opened:
-        for digest in checks.repair(opened) if repair else ():
-            typer.echo(f"deleted plan {digest}")
+        # Of a shared database other servers may be at work: what is new may be in the making.
+        age = 0.0 if store is None else checks.SETTLED
+        for name in checks.repair(opened, age=age) if repair else ():
+            typer.echo(f"deleted {name}")
         findings = checks.check(opened)
         for finding in findings:
             typer.echo(finding.what)
-        counts = len(opened.variants.all()), len(opened.jobs.list(limit=10_000))
+        counts = len(opened.variants.all()), len(opened.jobs.list(limit=ALL_JOBS))
     typer.echo(f"{counts[0]} variants, {counts[1]} jobs, {len(findings)} findings")
     if any(not finding.harmless for finding in findings):
         raise typer.Exit(1)

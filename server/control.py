@@ -20,6 +20,7 @@ from liveprune.server.change import Change
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries
 from liveprune.server.memory_budget import room_for_rows, total_bytes
+from liveprune.server.operation_records import OperationRecords
 from liveprune.server.operation_runner import Asked, OperationRunner
 from liveprune.server.operations import Operation, State, Status, VariantView
 from liveprune.server.registry import Registry
@@ -71,8 +72,8 @@ class Control:
         self._registry = Registry(model_name, aliases, self._spec, engine.slots)
         self._steps = Steps(engine, self._registry, folder, canaries, poll=poll, grace=grace)
         swapper = Swapper(self._steps, limits)
-        self._runner = OperationRunner(swapper, self._record)
-        self._recording: set[asyncio.Task[None]] = set()
+        self._records = OperationRecords(folder.store)
+        self._runner = OperationRunner(swapper, self._records)
         self._candidates = LiveCandidates(self._steps, swapper, self._runner)
         self._fingerprint = fingerprint
         self._asked_target = memory_target
@@ -158,7 +159,7 @@ class Control:
     async def stop(self, seconds: float = 30.0) -> None:
         """Interrupt what is under way, give its undoing some seconds, close the folder."""
         await self._runner.stop(seconds)
-        await asyncio.gather(*self._recording)
+        await self._records.written()
         self._folder.close()
 
     async def variants(self) -> list[VariantView]:
@@ -324,20 +325,6 @@ class Control:
                 await look_again(self._folder, self._registry, self._runner)
             except StoreError as error:
                 logger.warning("variants of other replicas and jobs are not seen: %s", error)
-
-    def _record(self, operation: Operation) -> None:
-        """Have an operation that ended written to the store."""
-
-        async def write() -> None:
-            store = self._folder.store
-            try:
-                await asyncio.to_thread(store.swaps.add, operation.to_json(), store.replica)
-            except StoreError as error:
-                logger.warning("operation %s is not recorded: %s", operation.id, error)
-
-        task = asyncio.create_task(write())
-        self._recording.add(task)
-        task.add_done_callback(self._recording.discard)
 
     def _check_started(self) -> None:
         if not self._started:

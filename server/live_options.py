@@ -18,6 +18,7 @@ from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_guards import check_plan
 from liveprune.server.state_folder import SavedState, StateFolder
+from liveprune.server.store.store import KEEP_JOBS
 from liveprune.server.variant import FULL, check_tag
 
 RESIDENT_FILE = "resident"
@@ -51,6 +52,8 @@ class LiveOptions:
     """Folder of plans and jobs; None: the state folder. Replicas share it."""
     store_quota: int = 10 * 2**30
     """Bytes of those files; 0: no bound."""
+    keep_jobs: int = KEEP_JOBS
+    """Ended jobs that keep their folders."""
     replica: str | None = None
     """Name of this server among those that share the database; None: the host's."""
 

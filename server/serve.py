@@ -128,6 +128,7 @@ def prepare_live(
         files=options.store_files,
         replica=options.replica,
         quota=options.store_quota,
+        keep_jobs=options.keep_jobs,
     )
     try:
         resident = note_variants(folder, plans, options.resident)

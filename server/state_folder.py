@@ -20,7 +20,7 @@ from typing import Any
 from liveprune.pruning.errors import ConflictError
 from liveprune.pruning.plan import Plan
 from liveprune.server.saved_form import base_fingerprint, parse_form, read_form
-from liveprune.server.store.store import Store
+from liveprune.server.store.store import KEEP_JOBS, Store
 from liveprune.server.variant import FULL, check_tag
 
 VERSION = 1
@@ -63,6 +63,7 @@ class StateFolder:
         files: Path | None = None,
         replica: str | None = None,
         quota: int = 0,
+        keep_jobs: int = KEEP_JOBS,
     ) -> None:
         """Open ``path``, made with mode 0700 if it is not there, for the checkpoint ``base``.
 
@@ -74,6 +75,7 @@ class StateFolder:
             files: folder of the store's files for all models; None: this one.
             replica: see ``Store``.
             quota: see ``Store``.
+            keep_jobs: see ``Store``.
 
         Raises:
             ConflictError: another server uses it.
@@ -95,7 +97,15 @@ class StateFolder:
             self._base = {**before, "fingerprint": known}
             shared = path if files is None else files / known
             self._own_store = store_url is None
-            self.store = Store(shared, known, url=store_url, replica=replica, quota=quota)
+            self.store = Store(
+                shared,
+                known,
+                url=store_url,
+                replica=replica,
+                quota=quota,
+                keep_jobs=keep_jobs,
+            )
+            self.store.drop_old_jobs()
             self._sizes: dict[str, int] = {}
             self._saved: dict[str, str] = {}
             self._take_over(before)

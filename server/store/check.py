@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from liveprune.pruning.errors import PlanError
 from liveprune.server.store.jobs import JobState
-from liveprune.server.store.store import Store
+from liveprune.server.store.store import ALL_JOBS, Store
+
+SETTLED = 3600.0
+"""Seconds after which a plan's files are surely counted on, if they ever will be."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,27 @@ def check(store: Store) -> list[Finding]:
     return [*_database(store), *_variants(store), *_servers(store), *_jobs(store), *_files(store)]
 
 
-def repair(store: Store) -> list[str]:
-    """Delete the plan files that nothing counts on. No server may use the store meanwhile.
+def repair(store: Store, *, age: float = SETTLED) -> list[str]:
+    """Delete the plan files that nothing counts on.
+
+    Args:
+        store: whose files.
+        age: seconds since such a file was written; a newer one may be a variant in the making. 0
+            where no server uses the store meanwhile.
 
     Returns:
-        Their digests.
+        Their names.
     """
-    left = sorted(set(store.plans.digests()) - store.variants.plans().keys())
-    for digest in left:
-        store.plans.discard(digest)
-    return left
+    deleted = []
+    for file in store.plans.leftovers(store.variants.plans()):
+        try:
+            if time.time() - file.stat().st_mtime < age:
+                continue
+            file.unlink()
+        except FileNotFoundError:  # a server was faster
+            continue
+        deleted.append(file.name)
+    return deleted
 
 
 def _database(store: Store) -> Iterator[Finding]:
@@ -62,7 +77,7 @@ def _servers(store: Store) -> Iterator[Finding]:
 
 
 def _jobs(store: Store) -> Iterator[Finding]:
-    for job in store.jobs.list(limit=10_000):
+    for job in store.jobs.list(limit=ALL_JOBS):
         if (job.state is JobState.RUNNING) != (job.owner is not None):
             yield Finding(f"job {job.id}: is {job.state}, owned by {job.owner or 'nobody'}")
         if job.state.ended != (job.finished is not None):
@@ -70,7 +85,5 @@ def _jobs(store: Store) -> Iterator[Finding]:
 
 
 def _files(store: Store) -> Iterator[Finding]:
-    plans = store.variants.plans()
-    for digest in store.plans.digests():
-        if digest not in plans:
-            yield Finding(f"plan {digest}: no variant has it (--repair deletes it)", harmless=True)
+    for file in store.plans.leftovers(store.variants.plans()):
+        yield Finding(f"{file}: no variant has it (--repair deletes it)", harmless=True)

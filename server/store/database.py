@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -61,6 +62,16 @@ def transaction(engine: Engine) -> Iterator[Connection]:
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()
         raise StoreError(f"store {_shown(engine)}: {reason[0] if reason else error!r}") from error
+
+
+def exclusive(connection: Connection, model: str) -> None:
+    """Wait for others that change the same model's shared rows; until the transaction's end.
+
+    For what reads first and then writes what it found missing. SQLite has one writer anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        key = int.from_bytes(hashlib.blake2b(model.encode(), digest_size=8).digest(), signed=True)
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
 
 
 def now(connection: Connection) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from liveprune.pruning.errors import PlanError
@@ -61,9 +61,13 @@ class PlanFiles:
         """Write a file of a plan as it was elsewhere."""
         write_atomic(self.folder / name, content)
 
-    def digests(self) -> Iterator[str]:
-        """Of all plans that are complete, and of matrices that a crash left without one."""
-        yield from sorted({file.stem for file in self.folder.iterdir() if file.name[0] != "."})
+    def leftovers(self, counted: Collection[str]) -> list[Path]:
+        """Files of plans that are not ``counted``, and those that a crash left half written."""
+        return sorted(
+            file
+            for file in self.folder.iterdir()
+            if file.name.startswith(".") or file.stem not in counted
+        )
 
     def _files(self, digest: str) -> tuple[Path, Path]:
         path = self.path(digest)

@@ -54,6 +54,8 @@ def drop_old_jobs(files: Path, jobs: Sequence[Job], keep: int) -> list[str]:
     for job in [job for job in jobs if job.state.ended][keep:]:
         folder = files / JOBS / job.id
         if folder.is_dir():
-            shutil.rmtree(folder)
-            dropped.append(job.id)
+            # What cannot be deleted is tried again next time; no server fails for it.
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                dropped.append(job.id)
     return dropped

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from liveprune.pruning.errors import ConflictError
 from liveprune.server.store import schema
-from liveprune.server.store.database import now, transaction
+from liveprune.server.store.database import exclusive, now, transaction
 from liveprune.server.store.variants import Variants
 
 _TABLE = schema.servers
@@ -59,6 +59,7 @@ class Servers:
             ConflictError: a variant is to be forgotten that another replica serves.
         """
         with transaction(self._engine) as connection:
+            exclusive(connection, self._model)
             states = self._states(connection)
             for tag in before.keys() - variants.keys():
                 holders = [

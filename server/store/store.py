@@ -13,13 +13,17 @@ from sqlalchemy.engine import Connection
 from liveprune.server.store.database import open_database, transaction
 from liveprune.server.store.jobs import Jobs
 from liveprune.server.store.plan_files import PlanFiles
-from liveprune.server.store.quota import check_room
+from liveprune.server.store.quota import check_room, drop_old_jobs
 from liveprune.server.store.records import AuditRows, Evaluations, Settings, Swaps
 from liveprune.server.store.servers import Servers
 from liveprune.server.store.variants import Variants
 
 DATABASE = "store.db"
 """In the files' folder, where no other URL is given."""
+KEEP_JOBS = 50
+"""Ended jobs that keep their folders, where nothing else is said."""
+ALL_JOBS = 100_000
+"""More than there are."""
 
 
 class Store:
@@ -41,6 +45,7 @@ class Store:
         url: str | None = None,
         replica: str | None = None,
         quota: int = 0,
+        keep_jobs: int = KEEP_JOBS,
     ) -> None:
         """Open the database, and bring it up to this release.
 
@@ -51,13 +56,15 @@ class Store:
             url: of the database; None: SQLite in ``files``.
             replica: name of this server among those of the model; None: the host's.
             quota: bytes that files may take; 0: no bound.
+            keep_jobs: ended jobs whose folders ``drop_old_jobs`` leaves.
 
         Raises:
             StoreError: the database is not usable.
             OSError: the folder is not.
         """
         files.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.files, self.model, self._quota = files, model, quota
+        self.files, self.model = files, model
+        self._quota, self._keep_jobs = quota, keep_jobs
         self.url = url or f"sqlite:///{files.resolve() / DATABASE}"
         self._engine = open_database(self.url)
         engine = self._engine
@@ -98,6 +105,14 @@ class Store:
             StoreError: it is.
         """
         check_room(self.files, self._quota)
+
+    def drop_old_jobs(self) -> list[str]:
+        """Delete the folders of jobs that ended long ago; see ``quota.drop_old_jobs``.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        return drop_old_jobs(self.files, self.jobs.list(limit=ALL_JOBS), self._keep_jobs)
 
     def close(self) -> None:
         """Close all connections."""

@@ -49,7 +49,7 @@ def test_check(folder: StateFolder, run: Callable[..., Any]) -> None:
     folder.store.plans.save(left)
     assert run("check").exit_code == 0  # it is only in the way
     found = run("check", "--repair")
-    assert found.stdout.startswith(f"deleted plan {left.digest}\n1 variants")
+    assert found.stdout.startswith(f"deleted {left.digest}.json\n1 variants")
     folder.store.plans.discard(A.digest)
     found = run("check")
     assert found.exit_code == 1

@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from liveprune.pruning.errors import ConflictError, StoreError
 from liveprune.pruning.plan import Plan
 from liveprune.server.store.check import check, repair
 from liveprune.server.store.jobs import JobState
-from liveprune.server.store.quota import check_room, drop_old_jobs, used_bytes
+from liveprune.server.store.quota import check_room, used_bytes
 from liveprune.server.store.store import Store
 from liveprune.server.store.transfer import back_up, export, restore
 from tests.server.fake_engine import fake_plan
@@ -94,6 +96,24 @@ def test_published_by_a_job(opened: Open) -> None:
     assert check(store) == []
 
 
+def test_several_publish_the_same_at_once(opened: Open) -> None:
+    """Whoever comes second finds what the first has written, and does not fail over it."""
+    stores, rounds = [opened(f"r{i}") for i in range(3)], 8
+    size, barrier = stores[0].plans.save(A), threading.Barrier(3)
+
+    def publish(store: Store) -> None:
+        for number in range(rounds):
+            barrier.wait(60)
+            store.variants.publish(f"v{number}", A.digest, size, {}, job=None)
+            store.settings.set(f"s{number}", number)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(publish, stores))
+    assert digests(stores[0]) == {f"v{i}": A.digest for i in range(rounds)}
+    assert stores[0].variants.plans() == {A.digest: size}
+    assert [stores[1].settings.get(f"s{i}") for i in range(rounds)] == list(range(rounds))
+
+
 def test_logs_and_settings(opened: Open) -> None:
     store = opened()
     store.evaluations.add("dev", None, {"mean": 0.5})
@@ -120,11 +140,14 @@ def test_check_names_what_is_wrong(opened: Open, tmp_path: Path) -> None:
     store.plans.save(left)
     store.plans.discard(A.digest)
     found = {finding.what: finding.harmless for finding in check(store)}
-    expected = ("variant a: ", "server one: serves gone", f"plan {left.digest}: no variant")
+    expected = ("variant a: ", "server one: serves gone", str(store.plans.path(left.digest)))
     assert [[x for x in found if x.startswith(begin)] != [] for begin in expected] == [True] * 3
     assert len(found) == 3
     assert list(found.values()) == [False, False, True]
-    assert repair(store) == [left.digest]
+    assert repair(store) == []  # it may be in the making
+    hour_ago = time.time() - 3601
+    os.utime(store.plans.path(left.digest), (hour_ago, hour_ago))
+    assert repair(store) == [f"{left.digest}.json"]
     assert len(check(store)) == 2
 
 
@@ -167,13 +190,13 @@ def test_quotas(opened: Open, tmp_path: Path) -> None:
 
 
 def test_folders_of_old_jobs_go(opened: Open) -> None:
-    store = opened()
+    store = opened(keep_jobs=1)
     jobs = [store.jobs.add({"number": i}) for i in range(4)]
     for job in jobs[:3]:
         store.jobs.ask_cancel(job.id)
     for job in jobs:
         (store.files / "jobs" / job.id).mkdir(parents=True)
-    assert drop_old_jobs(store.files, store.jobs.list(), 1) == [jobs[1].id, jobs[0].id]
+    assert store.drop_old_jobs() == [jobs[1].id, jobs[0].id]
     left = {path.name for path in (store.files / "jobs").iterdir()}
     assert left == {jobs[2].id, jobs[3].id}
 
@@ -200,5 +223,8 @@ def test_killed_while_publishing_shows_no_half_of_a_variant(
         child.join()
         assert [x for x in check(store) if not x.harmless] == []
     assert store.variants.all()
-    repair(store)
+    repair(store, age=0)
     assert check(store) == []
+    assert {x.name for x in store.plans.folder.iterdir()} == {
+        f"{digest}.json" for digest in digests(store).values()
+    }
