@@ -9,10 +9,12 @@ down for a while slows both, and only ratios within a round are compared.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from liveprune.pruning.errors import DataError, EngineError
 from liveprune.pruning.evaluation.engine import Engine
@@ -74,6 +76,17 @@ class Workload:
             for start in range(0, batch * prompt_tokens, prompt_tokens)
         )
         return cls(prompts, new_tokens, rounds)
+
+    def to_json(self) -> dict[str, Any]:
+        """What it is, the prompts by their digest of 32 hex digits."""
+        text = repr(self.prompts).encode()
+        return {
+            "batch": len(self.prompts),
+            "prompt_tokens": len(self.prompts[0]),
+            "new_tokens": self.new_tokens,
+            "rounds": self.rounds,
+            "prompts": hashlib.blake2b(text, digest_size=16).hexdigest(),
+        }
 
     @property
     def longest(self) -> int:
