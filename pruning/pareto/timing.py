@@ -199,6 +199,20 @@ def speeds(sample: Mapping[str, list[list[list[float]]]], workload: Workload) ->
     return {side: Speed(*found) for side, found in paces.items()}
 
 
+def middle(full: Sequence[Speed]) -> Speed:
+    """The full model's own speed, from its speeds beside several plans; at least one."""
+    return Speed(
+        *(
+            Pace(
+                statistics.median(pace.tokens_per_second for pace in paces),
+                paces[0].wall,
+                next((pace.cpu for pace in paces if pace.cpu is not None), None),
+            )
+            for paces in ([x.prefill for x in full], [x.decode for x in full])
+        )
+    )
+
+
 def _beyond_base(rounds: Sequence[Sequence[Sequence[float]]], place: int, unit: int) -> list[float]:
     base = statistics.median(taken[0][unit] for taken in rounds)
     return [taken[place][unit] - base for taken in rounds]
