@@ -5,8 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 MIX = "mix"
+BEGIN = "<!-- tables: written by python -m benchmarks.methods --table -->"
+END = "<!-- end of tables -->"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def write_tables(rows: Sequence[Row], page: Path) -> None:
+    """Put the tables between the marks of a page."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page}: found no {BEGIN!r} and {END!r} after it")
+    page.write_text(f"{before}{BEGIN}\n\n{tables(rows)}\n{END}{after}")
+
+
 def _table(rows: Sequence[Row], failed: Sequence[Row]) -> str:
     tasks = sorted({row.task for row in rows})
     lines = [f"| experts | method | {' | '.join(tasks)} | mean | extra bytes | CPU s |"]
@@ -58,11 +70,13 @@ def _table(rows: Sequence[Row], failed: Sequence[Row]) -> str:
         for method in _best_first(of_budget):
             mine = [row for row in of_budget if row.method == method]
             cells = [_cell([row for row in mine if row.task == task]) for task in tasks]
-            mean = statistics.mean(100 * row.test for row in mine)
+            # Of some tasks only it would not compare with the others'.
+            complete = {row.task for row in mine} == set(tasks)
+            mean = f"{statistics.mean(100 * row.test for row in mine):.1f}" if complete else ""
             extra = max(row.extra_bytes for row in mine)
             seconds = statistics.median(row.seconds for row in mine)
             lines.append(
-                f"| {experts}, top-{top_k} | {method} | {' | '.join(cells)} | {mean:.1f} | "
+                f"| {experts}, top-{top_k} | {method} | {' | '.join(cells)} | {mean} | "
                 f"{extra:,} | {seconds:.1f} |"
             )
     reasons = dict.fromkeys(

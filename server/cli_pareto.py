@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 console = Console()
 _SEARCH = "Methods that search (eep)"
 _SPEED = "Speed"
+PRESET = "liveprune"
+_LABEL = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def pareto(
@@ -74,6 +77,20 @@ def pareto(
     new_tokens: Annotated[
         int, typer.Option(min=2, help="Decoded after each.", rich_help_panel=_SPEED)
     ] = 33,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="So many engines, each in an actor of Ray; times nothing. See "
+            "docs/many-engines.md.",
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a running Ray cluster, HOST:PORT or auto; default: this machine alone."
+        ),
+    ] = None,
     train: Annotated[
         Path | None,
         typer.Option(help="JSONL rows that candidates are scored on.", rich_help_panel=_SEARCH),
@@ -88,7 +105,7 @@ def pareto(
     preset: Annotated[
         str,
         typer.Option(help="Hyper-parameters: liveprune, released, paper.", rich_help_panel=_SEARCH),
-    ] = "liveprune",
+    ] = PRESET,
     change: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,10 +128,14 @@ def pareto(
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output}: found a file, expected a folder")
     names = _parts("--methods", methods)
-    if SEARCH not in names and (train is not None or dev is not None or change):
-        raise DataError(
-            f"--train, --dev, --set: found without the method {SEARCH}, expected with it"
-        )
+    for flag, given in (
+        ("--train", train is not None),
+        ("--dev", dev is not None),
+        ("--preset", preset != PRESET),
+        ("--set", bool(change)),
+    ):
+        if given and SEARCH not in names:
+            raise DataError(f"{flag}: found without the method {SEARCH}, expected with it")
     folder = local_model(model)
     compare(
         ParetoOptions(
@@ -135,6 +156,8 @@ def pareto(
             controls=controls,
             engine=engine,
             admin_key_file=admin_key_file,
+            actors=actors,
+            ray_address=ray_address,
             dtype=dtype,
             device=device,
             max_rows=max_rows,
@@ -153,8 +176,13 @@ def _budgets(text: str, model: Path) -> dict[str, Budget]:
     """By label: what was typed, or the stem of a file's name."""
     found: dict[str, Budget] = {}
     for part in _parts("--experts", text):
-        read = budget(part, model)
         label = Path(part[1:]).stem if part.startswith("@") else part
+        if not _LABEL.fullmatch(label):
+            raise PlanError(
+                f"--experts {part}: found {label!r} for the names of plans, expected letters, "
+                f"digits, dots, underscores and hyphens alone"
+            )
+        read = budget(part, model)
         if label in found:
             raise PlanError(f"--experts: found {label!r} twice, expected each budget once")
         found[label] = read if isinstance(read, str) else tuple(read)

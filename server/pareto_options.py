@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liveprune.pruning.calibration.rows import MAX_ROWS
+from liveprune.pruning.calibration.rows import MAX_ROWS, load_rows
 from liveprune.pruning.errors import DataError
 from liveprune.pruning.evaluation.task import Task, load_task
+from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.pareto.grid import Budget
 from liveprune.pruning.search.presets import Settings
 
@@ -45,6 +47,10 @@ class ParetoOptions:
     engine: str = "vllm"
     """``vllm``, ``transformers``, or the URL of a server's admin API."""
     admin_key_file: Path | None = None
+    actors: int | None = None
+    """Engines, each in an actor of Ray; None is one engine in this process."""
+    ray_address: str | None = None
+    """Of a running Ray cluster: ``HOST:PORT``, or ``auto``; None starts one on this machine."""
     dtype: str = "auto"
     device: str = "cpu"
     """Where the observer pass runs."""
@@ -91,13 +97,33 @@ def load_tasks(options: ParetoOptions) -> dict[str, Task]:
             other = f"the rows of {same[0]}" if same else f"another file named {name}"
             raise DataError(f"--data {path}: found {other} again, expected each once")
         for calibration in options.calibration:
-            if calibration.exists() and calibration.samefile(path):
+            if _content(calibration) == _content(path):
                 raise DataError(
-                    f"--data {path}: found among --calibration, too; expected rows that no method "
-                    f"has seen"
+                    f"--data {path}: found among --calibration, too ({calibration}); expected "
+                    f"rows that no method has seen"
                 )
         tasks[name] = task
     return tasks
+
+
+def check_calibration(options: ParetoOptions, spec: ModelSpec) -> None:
+    """Read the rows once, and look for the device: every plan would fail of them, one by one.
+
+    Raises:
+        DataError: rows are unusable, or there is no such device.
+    """
+    most = options.max_rows or MAX_ROWS
+    vocabulary = int(spec.config.get("vocab_size") or sys.maxsize)
+    for path in options.calibration:
+        load_rows(path, options.model, vocab_size=vocabulary, max_rows=most)
+    if options.device != "cpu":
+        import torch
+
+        if not options.device.startswith("cuda") or not torch.cuda.is_available():
+            raise DataError(
+                f"--device: found {options.device!r}, expected cpu"
+                + (" or cuda" if torch.cuda.is_available() else ": there is no GPU here")
+            )
 
 
 def load_search_sets(options: ParetoOptions, tasks: Mapping[str, Task]) -> dict[str, Task]:
@@ -133,4 +159,4 @@ def _content(path: Path) -> str:
     try:
         return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     except OSError as error:
-        raise DataError(f"--calibration {path}: not readable: {error}") from error
+        raise DataError(f"{path}: not readable: {error}") from error

@@ -31,6 +31,7 @@ from liveprune.server.interrupt import stop_on_interrupt
 from liveprune.server.pareto_options import (
     SEARCH,
     ParetoOptions,
+    check_calibration,
     load_search_sets,
     load_tasks,
 )
@@ -67,6 +68,7 @@ def compare(options: ParetoOptions, console: Console) -> ParetoResult:
     for skipped in grid.skipped:
         console.print(f"skipped {skipped.name}: {skipped.reason}", highlight=False, soft_wrap=True)
     tasks = load_tasks(options)
+    check_calibration(options, spec)
     sets = load_search_sets(options, tasks) if searches else {}
     workload, untimed = _workload(options, spec, list(tasks.values()))
     longest = max(task.longest for task in (*tasks.values(), *sets.values()))
@@ -104,7 +106,7 @@ def compare(options: ParetoOptions, console: Console) -> ParetoResult:
 def _workload(
     options: ParetoOptions, spec: ModelSpec, tasks: Sequence[Task]
 ) -> tuple[Workload | None, str]:
-    """What is timed, or why nothing is."""
+    """What is timed, and why nothing is, now or at all."""
     if not options.rounds:
         return None, "--rounds is 0"
     if options.engine.startswith(("http://", "https://")):
@@ -121,6 +123,11 @@ def _workload(
         raise DataError(
             f"--prompt-tokens, --new-tokens: found {workload.longest} together, expected at most "
             f"the model's {limit}"
+        )
+    if options.actors is not None:
+        return workload, (
+            "the times of actors are those of several engines, on machines that may differ; the "
+            "same command without --actors goes on from here and times the plans"
         )
     return workload, ""
 
@@ -142,6 +149,8 @@ def _engine_options(options: ParetoOptions, *, merges: bool) -> SearchOptions:
         settings=settings,
         engine=options.engine,
         admin_key_file=options.admin_key_file,
+        actors=options.actors,
+        ray_address=options.ray_address,
         dtype=options.dtype,
     )
 

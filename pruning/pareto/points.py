@@ -15,7 +15,7 @@ from liveprune.pruning.pareto.front import Coordinates, front
 from liveprune.pruning.pareto.grid import CONTROLS, GridPoint
 from liveprune.pruning.pareto.resident import ModelBytes
 from liveprune.pruning.pareto.result import Chance, Measured, Point, chance
-from liveprune.pruning.pareto.timing import Sample, Speed, Workload, speeds
+from liveprune.pruning.pareto.timing import Sample, Speed, Workload, middle, speeds
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.search.evaluator import Failure
 from liveprune.pruning.search.result import Difference, Score
@@ -181,13 +181,15 @@ def _speed(
 
 
 def _full_speed(answers: Answers, workload: Workload | None) -> Speed | None:
-    """Over the rounds of all plans that could be timed, in which it took turns with them."""
+    """The middle one of those beside the plans that could be timed; None if none could."""
     timed = [digest for digest in answers.samples if _speed(answers, digest, workload)[0]]
     samples = [answers.samples[digest] for digest in timed]
-    rounds = [taken for x in samples if not isinstance(x, Failure) for taken in x["full"]]
-    if not rounds or workload is None:
-        return None
-    return speeds({"full": rounds, "plan": rounds}, workload)["full"]
+    beside = [
+        speeds(sample, workload)["full"]
+        for sample in samples
+        if workload is not None and not isinstance(sample, Failure)
+    ]
+    return middle(beside) if beside else None
 
 
 def _score(by_task: Mapping[str, Values]) -> Score:

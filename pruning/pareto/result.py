@@ -110,14 +110,7 @@ class ParetoResult:
             "data": {name: dict(about) for name, about in self.data.items()},
             "timing": {
                 "left_out": self.untimed or None,
-                "workload": None
-                if workload is None
-                else {
-                    "batch": len(workload.prompts),
-                    "prompt_tokens": len(workload.prompts[0]),
-                    "new_tokens": workload.new_tokens,
-                    "rounds": workload.rounds,
-                },
+                "workload": None if workload is None else workload.to_json(),
             },
             "full": {"experts": list(self.experts), **_measured(self.full)},
             "points": [_point(x) for x in self.points],

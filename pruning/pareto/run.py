@@ -80,7 +80,8 @@ def run_pareto(
         arguments: everything else that the plans hang on, in JSON's types.
         engine_name: what computes, and in which dtype.
         workload: what is timed; None times nothing.
-        untimed: why nothing is timed.
+        untimed: why nothing is timed, though there may be a workload: the same call without the
+            reason goes on and times it.
         progress: called after each plan, call and timing.
         cancel: once set, the run stops before its next step.
 
@@ -104,12 +105,11 @@ def run_pareto(
         "arguments": dict(arguments),
         "engine": engine_name,
         "points": [point.name for point in grid.points],
-        "timing": None
-        if workload is None
-        else [*map(list, workload.prompts), workload.new_tokens, workload.rounds],
+        "timing": None if workload is None else workload.to_json(),
     }
+    timed = None if untimed else workload
     with open_folder(folder, identity, "pareto") as journal:
-        run = _Run(spec, engine, journal, tasks, workload, progress, cancel)
+        run = _Run(spec, engine, journal, tasks, timed, progress, cancel)
         plans = run.plans(grid.points, make, folder / "plans")
         distinct = list({x.digest: x for x in plans.values() if isinstance(x, Plan)}.values())
         full, values = run.scores(distinct)
@@ -118,7 +118,7 @@ def run_pareto(
         run.report("done", 1, 1)
         cost = run.evaluator.cost
     answers = Answers(plans, full, values, samples)
-    found = assemble(grid.points, answers, spec, sizes, workload)
+    found = assemble(grid.points, answers, spec, sizes, timed)
     return ParetoResult(
         model=model_name(model),
         fingerprint=weights,
@@ -126,7 +126,7 @@ def run_pareto(
         engine=engine_name,
         measure=next(iter(tasks.values())).measure,
         data=data,
-        workload=workload,
+        workload=timed,
         untimed=untimed,
         full=found.full,
         experts=tuple(layer.experts for layer in spec.layers),

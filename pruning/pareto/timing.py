@@ -9,10 +9,12 @@ down for a while slows both, and only ratios within a round are compared.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from liveprune.pruning.errors import DataError, EngineError
 from liveprune.pruning.evaluation.engine import Engine
@@ -74,6 +76,17 @@ class Workload:
             for start in range(0, batch * prompt_tokens, prompt_tokens)
         )
         return cls(prompts, new_tokens, rounds)
+
+    def to_json(self) -> dict[str, Any]:
+        """What it is, the prompts by their digest of 32 hex digits."""
+        text = repr(self.prompts).encode()
+        return {
+            "batch": len(self.prompts),
+            "prompt_tokens": len(self.prompts[0]),
+            "new_tokens": self.new_tokens,
+            "rounds": self.rounds,
+            "prompts": hashlib.blake2b(text, digest_size=16).hexdigest(),
+        }
 
     @property
     def longest(self) -> int:
@@ -184,6 +197,20 @@ def speeds(sample: Mapping[str, list[list[list[float]]]], workload: Workload) ->
                 )
             )
     return {side: Speed(*found) for side, found in paces.items()}
+
+
+def middle(full: Sequence[Speed]) -> Speed:
+    """The full model's own speed, from its speeds beside several plans; at least one."""
+    return Speed(
+        *(
+            Pace(
+                statistics.median(pace.tokens_per_second for pace in paces),
+                paces[0].wall,
+                next((pace.cpu for pace in paces if pace.cpu is not None), None),
+            )
+            for paces in ([x.prefill for x in full], [x.decode for x in full])
+        )
+    )
 
 
 def _beyond_base(rounds: Sequence[Sequence[Sequence[float]]], place: int, unit: int) -> list[float]:

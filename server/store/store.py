@@ -24,6 +24,8 @@ KEEP_JOBS = 50
 """Ended jobs that keep their folders, where nothing else is said."""
 ALL_JOBS = 100_000
 """More than there are."""
+ALONE = "server"
+"""Name of the only server of such a database."""
 
 
 class Store:
@@ -54,7 +56,8 @@ class Store:
                 machines share it.
             model: fingerprint of the base model.
             url: of the database; None: SQLite in ``files``.
-            replica: name of this server among those of the model; None: the host's.
+            replica: name of this server among those of the model; None: the host's, where there
+                may be others.
             quota: bytes that files may take; 0: no bound.
             keep_jobs: ended jobs whose folders ``drop_old_jobs`` leaves.
 
@@ -68,7 +71,8 @@ class Store:
         self.url = url or f"sqlite:///{files.resolve() / DATABASE}"
         self._engine = open_database(self.url)
         engine = self._engine
-        self.replica = replica or socket.gethostname()
+        # Alone it needs no name, and a pod's host name is another after every restart.
+        self.replica = replica or (ALONE if url is None else socket.gethostname())
         self.plans = PlanFiles(files / "plans")
         self.variants = Variants(engine, model)
         self.servers = Servers(engine, model, self.replica, self.variants)

@@ -12,7 +12,7 @@ import pytest
 from typer.core import TyperOption
 
 from liveprune.pruning.errors import VariantError
-from liveprune.server.admin_key import KEY_VARIABLE, STATE_VARIABLE
+from liveprune.server.admin_key import KEY_VARIABLE, STATE_VARIABLE, STORE_VARIABLE
 from liveprune.server.live_options import parse_bytes
 from liveprune.server.variant import check_tag
 from tests.helm.commands import command
@@ -74,6 +74,8 @@ def test_the_server_understands_every_flag(render: Render) -> None:
     assert options["max_variants"] == 4
     assert options["plan_root"] == [Path("/plans"), Path("/data/plans")]
     assert (options["admin_host"], options["admin_port"]) == ("0.0.0.0", ADMIN_PORT)  # noqa: S104
+    assert (options["store_files"], options["replica"]) == (Path("/store"), "first")
+    assert parse_bytes("--store-quota", options["store_quota"]) == 5 * 2**30
     assert vllm == [
         "--host=0.0.0.0",
         "--port=8000",
@@ -88,6 +90,15 @@ def test_flags_that_are_not_given_are_left_to_the_server(render: Render) -> None
     ours, _ = parsed(server(render("cpu"))["args"])
     defaults, _ = parsed(["serve", ours["model"]])
     assert ours == defaults
+
+
+def test_a_database_that_releases_share(render: Render) -> None:
+    manifests = render("everything")
+    (variable,) = (x for x in server(manifests)["env"] if x["name"] == STORE_VARIABLE)
+    assert variable["valueFrom"]["secretKeyRef"] == {"name": "database", "key": "the.url"}
+    claimed = volumes(manifests)["/store"]
+    assert claimed["persistentVolumeClaim"] == {"claimName": "shared"}
+    assert "/store" in {x["mountPath"] for x in server(manifests)["volumeMounts"]}
 
 
 def test_live_variants_off(render: Render) -> None:

@@ -159,6 +159,9 @@ def test_command(render: Render) -> None:
         "--max-variants=4",
         "--plan-root=/plans",
         "--plan-root=/data/plans",
+        "--store-files=/store",
+        "--replica=first",
+        "--store-quota=5GiB",
         "--max-model-len=4096",
         "--enforce-eager",
     ]

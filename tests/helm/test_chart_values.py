@@ -104,6 +104,11 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["extraEnv[0].name=HOME"], ["HOME is set by the chart"]),
     (["extraEnv[0].name=A", "extraEnv[1].name=A"], ["A is named twice"]),
     (["extraEnv[0].value=1"], ["/extraEnv/0", "name"]),
+    (["store.existingSecret=s"], ["store.existingClaim", "both or neither"]),
+    (["store.existingClaim=c"], ["store.existingSecret", "both or neither"]),
+    (["store.replica=one"], ["store.replica", "without store.existingSecret"]),
+    (["store.quota=much"], ["/store/quota"]),
+    (["extraArgs={--store=postgresql://x}"], ["--store", "store.existingSecret"]),
 ]
 
 

@@ -100,6 +100,13 @@ app.kubernetes.io/component: server
       name: {{ . }}
       key: {{ $.Values.admin.key | quote }}
 {{- end }}
+{{- with .Values.store.existingSecret }}
+- name: LIVEPRUNE_STORE
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: {{ $.Values.store.key | quote }}
+{{- end }}
 {{- end }}
 {{- with .Values.huggingFace.existingSecret }}
 - name: HF_TOKEN
@@ -146,6 +153,13 @@ app.kubernetes.io/component: server
 {{- end }}
 {{- range .Values.live.planRoots }}
 - {{ printf "--plan-root=%s" . | quote }}
+{{- end }}
+{{- if .Values.store.existingSecret }}
+- --store-files=/store
+- {{ printf "--replica=%s" (default .Release.Name .Values.store.replica) | quote }}
+{{- end }}
+{{- with .Values.store.quota }}
+- --store-quota={{ . }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -27,7 +27,11 @@
     "--served-model-name" "servedModelName"
     "--shutdown-timeout" "shutdown.drainSeconds"
     "--spare-rows" "live.spareRows"
+    "--replica" "store.replica"
     "--state-dir" "state.persistence: it is /state"
+    "--store" "store.existingSecret, which keeps the password out of the Deployment"
+    "--store-files" "store.existingClaim: it is /store"
+    "--store-quota" "store.quota"
     "--variant" "live.variants" }}
 {{- range .Values.extraArgs }}
 {{- if regexMatch "^--[^= ]+ " . }}
@@ -41,6 +45,7 @@
 {{- $taken := dict
     "LIVEPRUNE_ADMIN_KEY" "is a secret: use admin.existingSecret"
     "VLLM_API_KEY" "is a secret: use apiKey.existingSecret"
+    "LIVEPRUNE_STORE" "is a secret: use store.existingSecret"
     "HF_TOKEN" "is a secret: use huggingFace.existingSecret" }}
 {{- range include "liveprune.env" . | fromYamlArray }}
 {{- $_ := set $taken .name (get $taken .name | default "is set by the chart") }}
@@ -68,6 +73,16 @@
 {{- end }}
 {{- if and $live.enabled (gt (int .Values.replicas) 1) }}
 {{- fail (printf "replicas is %d but live.enabled is true: each pod would have live variants of its own, and a swap would reach one of them: expected replicas 1, or live.enabled false" (int .Values.replicas)) }}
+{{- end }}
+{{- $store := .Values.store }}
+{{- if and $store.existingSecret (not $live.enabled) }}
+{{- fail "store.existingSecret is set but live.enabled is false: expected true" }}
+{{- end }}
+{{- if ne (empty $store.existingSecret) (empty $store.existingClaim) }}
+{{- fail (printf "store.existingSecret is %q and store.existingClaim is %q: expected both or neither, as servers that share a database share its files" $store.existingSecret $store.existingClaim) }}
+{{- end }}
+{{- if and $store.replica (not $store.existingSecret) }}
+{{- fail (printf "store.replica is %q without store.existingSecret: expected it empty" $store.replica) }}
 {{- end }}
 {{- $surge := dig "maxSurge" "25%" (default (dict) .Values.strategy.rollingUpdate) | toString }}
 {{- if and $live.enabled .Values.state.persistence.enabled (eq .Values.strategy.type "RollingUpdate") (not (has $surge (list "0" "0%"))) }}

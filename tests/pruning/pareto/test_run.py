@@ -4,77 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from liveprune.pruning.errors import DataError, PlanError
-from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.pareto.grid import GridPoint, make_grid
+from liveprune.pruning.errors import DataError
+from liveprune.pruning.pareto import timing
 from liveprune.pruning.pareto.report import write_report
 from liveprune.pruning.pareto.result import ParetoResult
-from liveprune.pruning.pareto.run import run_pareto
+from liveprune.pruning.pareto.timing import Ratio, Sample, Workload
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_io import load_plan
-from liveprune.pruning.prune import make_plan
 from liveprune.pruning.search.evaluator import SearchCancelledError
 from liveprune.pruning.search.run import Progress
-from tests.pruning.search.fakes import FakeTask
-
-MakeModel = Callable[..., Path]
-
-
-def fitness(plan: Plan | None, row: int) -> float:
-    """More experts are better; rows differ a little."""
-    kept = 24 if plan is None else sum(layer.kept_experts for layer in plan.layers)
-    return kept / 25 + 0.0001 * (row % 10)
-
-
-class Bench:
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.model, self.folder = model, folder
-        self.spec = ModelSpec.from_path(model)
-        self.made: list[str] = []
-        self.task = FakeTask(fitness, 20, "data")
-
-    def make(self, point: GridPoint) -> Plan:
-        self.made.append(point.name)
-        if point.name == "weight-norm-e6":
-            raise PlanError("no such thing")
-        return make_plan(
-            self.model,
-            method=point.method,
-            experts=point.budget,
-            top_k=point.top_k,
-            seed=point.seed,
-        )
-
-    def run(self, folder: str = "run", **changes: Any) -> ParetoResult:
-        grid = make_grid(
-            self.spec,
-            methods=["aimer", "weight-norm"],
-            budgets={"2": "2", "6": "6", "9": "9"},
-            top_ks=[None],
-            calibrated=False,
-        )
-        fields: dict[str, Any] = {
-            "grid": grid,
-            "make": self.make,
-            "tasks": {"data": self.task},
-            "folder": self.folder / folder,
-            "arguments": {"seed": 0},
-            "engine_name": "fake",
-            "workload": None,
-            "untimed": "a fake engine",
-        }
-        return run_pareto(self.model, self.spec, object(), **{**fields, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def bench(tiny_model: MakeModel, tmp_path: Path) -> Bench:
-    return Bench(tiny_model("mixtral"), tmp_path)
+from tests.pruning.pareto.bench import WORKLOAD, Bench, sample
 
 
 def facts(result: ParetoResult) -> dict[str, Any]:
@@ -132,6 +75,57 @@ def test_another_run_in_the_folder_is_refused(bench: Bench) -> None:
     plan.write_text((bench.folder / "run/plans/aimer-e6.json").read_text())
     with pytest.raises(DataError, match="start anew"):
         bench.run()
+
+
+def test_what_was_not_timed_is_timed_later(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def measure(engine: object, plan: Plan, workload: Workload) -> Sample:
+        measured.append(plan.digest)
+        return sample(plan)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    before = bench.run(workload=WORKLOAD, untimed="not now")
+    assert measured == []
+    assert before.to_json()["timing"] == {"left_out": "not now", "workload": None}
+    timed = bench.run(workload=WORKLOAD, untimed="")
+    plans = {str(point.digest) for point in timed.points if point.measured is not None}
+    assert sorted(measured) == sorted(plans)
+    for point in timed.points:
+        if point.measured is not None:
+            assert point.measured.speed is not None
+            assert point.measured.speed.decode.wall == Ratio(2.0, 2.0, 2.0)
+    assert timed.full.speed is not None
+    assert facts(bench.run(workload=WORKLOAD, untimed="not now")) == facts(before)
+    assert facts(bench.run(workload=WORKLOAD, untimed="")) == facts(timed)
+
+
+def test_a_plan_too_fast_for_the_clock_fails_neither_run_nor_full_model(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if, beside it, the full model took no longer for more tokens."""
+    named = load_named(bench)
+
+    def measure(engine: object, plan: Plan, workload: Workload) -> Sample:
+        if plan.digest == named["aimer-e2"]:
+            return {side: [[[9.0, 9.0]] * 3] * 3 for side in ("full", "plan")}
+        return sample(plan)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    found = bench.run("timed", workload=WORKLOAD, untimed="")
+    speeds = {x.asked.name: x.measured for x in found.points if x.measured is not None}
+    failed = speeds.pop("aimer-e2")
+    assert failed.speed is None
+    assert "time more tokens" in str(failed.speed_failure)
+    assert all(x.speed is not None for x in speeds.values())
+    assert found.full.speed is not None
+    # 2 prompts of 4 further tokens in 5 - 1 s
+    assert found.full.speed.decode.tokens_per_second == 2
+
+
+def load_named(bench: Bench) -> dict[str, str | None]:
+    """Digests of plans by name."""
+    return {point.asked.name: point.digest for point in bench.run("named").points}
 
 
 def test_the_report_is_whole_and_repeatable(bench: Bench) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from liveprune.pruning.errors import DataError, EngineError
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.pareto.timing import Ratio, Workload, measure, speeds
+from liveprune.pruning.pareto.timing import Pace, Ratio, Speed, Workload, measure, middle, speeds
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
 from tests.pruning.search.fakes import spec_of
 
@@ -118,3 +118,13 @@ def test_prompts_are_cut_from_the_text_again_and_again() -> None:
 def test_refusals(changes: dict[str, int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         workload(**changes)
+
+
+def test_the_full_model_is_the_middle_of_its_turns_beside_all_plans() -> None:
+    one = Ratio(1.0, 1.0, 1.0)
+
+    def speed(prefill: float, decode: float, cpu: Ratio | None) -> Speed:
+        return Speed(Pace(prefill, one, cpu), Pace(decode, one, None))
+
+    found = middle([speed(10, 7, None), speed(90, 5, one), speed(20, 6, None)])
+    assert found == speed(20, 6, one)
