@@ -24,6 +24,10 @@ class Fields:
         self._left: dict[str, Any] = dict(form)
         self._known: list[str] = []
 
+    def names(self) -> list[str]:
+        """Of the fields that nobody took yet."""
+        return list(self._left)
+
     def any(self, name: str, default: Any = None) -> Any:
         self._known.append(name)
         return self._left.pop(name, default)
