@@ -236,6 +236,8 @@ def _guardrail(form: object, where: str) -> Guardrail:
     measure = _measure_of(fields)
     relative = fields.flag("relative", default=False)
     margin = fields.number("margin", low=0)
+    if relative and measure.better == "higher" and margin >= 1:
+        raise fields.error("margin", margin, "less than 1: more than everything cannot be lost")
     fields.done()
     return Guardrail(measure, margin, relative)
 

@@ -51,7 +51,7 @@ class UnitSample:
         """See a unit, for the first time or again; its first arm stays."""
         if unit >> (_BITS - self.level) == 0 and unit not in self.arms:
             self.arms[unit] = arm
-            if len(self.arms) > self.cap:
+            while len(self.arms) > self.cap:
                 self._shrink(self.level + 1)
 
     def merge(self, other: UnitSample) -> None:
