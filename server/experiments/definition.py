@@ -139,13 +139,8 @@ def experiment_from(form: object) -> Experiment:
         if labels.count(label) > 1:
             raise fields.error("guardrails", f"{label} {labels.count(label)} times", "each once")
     default = Experiment(name, model, arms, control, primary, guardrails)
-    found = Experiment(
-        name,
-        model,
-        arms,
-        control,
-        primary,
-        guardrails,
+    found = dataclasses.replace(
+        default,
         unit=_chain(fields),
         traffic=_traffic(fields),
         alpha=fields.number("alpha", default.alpha, low=1e-6, high=0.5),
