@@ -61,7 +61,7 @@ SCENARIOS = (
         for x in (0.01, 0.02, 0.03, 0.05, 0.1, 0.3)
     ),
     *(
-        Scenario(f"true share {x:.0%} of 50%", "INVALID", share=x)
+        Scenario(f"true share {x:.0%}, promised 50%", "INVALID", share=x)
         for x in (0.5, 0.51, 0.52, 0.55, 0.6)
     ),
 )
