@@ -6,6 +6,7 @@ LiveprunError
 ├── CheckpointError     files of a checkpoint are missing, damaged or contradict its config
 ├── DataError           calibration or evaluation rows are unusable
 ├── VariantError        a variant is unknown, its name is taken, or it cannot be live
+├── ExperimentError     an experiment, or what was measured in it, is malformed
 ├── ConflictError       the operation must wait for another, or comes at the wrong time
 ├── EngineError         the running engine refused or failed an operation
 ├── StoreError          the database of variants and jobs failed, or is not what it should be
@@ -39,6 +40,10 @@ class DataError(LiveprunError):
 
 class VariantError(LiveprunError):
     """A variant is unknown, its name is taken, or it cannot be live."""
+
+
+class ExperimentError(LiveprunError):
+    """An experiment, or what was measured in it, is malformed."""
 
 
 class ConflictError(LiveprunError):
