@@ -39,6 +39,7 @@ class LiveJob:
             resident_slot=1 if job.get("resident") else 0,
             resident_plan=job["plans"][job["resident"]] if job.get("resident") else None,
             required=True,
+            **job.get("config", {}),
         )
         self.llm = LLM(
             job["model"],
