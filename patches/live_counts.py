@@ -35,7 +35,7 @@ class LayerCounts:
 class VariantCounts:
     """Sums since the engine's start; they never fall while the engine knows the variant."""
 
-    tokens: int
+    tokens: float
     layers: Mapping[int, LayerCounts]
     """By decoder layer index."""
 
@@ -44,7 +44,7 @@ def parse_counts(reply: Mapping[str, Any]) -> dict[str, VariantCounts]:
     """Read the answer of a worker's operation ``statistics``, by plan digest or ``BASE_KEY``."""
     scales = {int(index): float(scale) for index, scale in reply["gate_scales"].items()}
     return {
-        key: VariantCounts(int(found["tokens"]), _layers(load(found["arrays"]), scales))
+        key: VariantCounts(float(found["tokens"]), _layers(load(found["arrays"]), scales))
         for key, found in reply["variants"].items()
     }
 

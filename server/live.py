@@ -23,6 +23,7 @@ from liveprune.server.audit import AUDIT_FILE, AuditLog
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
+from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_options import LiveOptions, remember_resident
 from liveprune.server.memory_budget import total_bytes
 from liveprune.server.rebuild import RebuildControl
@@ -80,7 +81,10 @@ class LiveServer:
                     logger.warning("at start: %s", problem)
                 remember_resident(self._folder, self._options.resident)
             stack.push_async_callback(control.stop)
-            metrics = live_metrics.LiveMetrics(control)
+            calibration = None
+            if front.engine is not None and isinstance(control, Control):
+                calibration = await self._calibration(front.engine, control, stack)
+            metrics = live_metrics.LiveMetrics(control, calibration)
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(
                 control,
@@ -88,6 +92,7 @@ class LiveServer:
                 audit=self._audit,
                 roots=(*self._options.plan_roots, *default_roots(self._options.state)),
                 metrics=metrics,
+                calibration=calibration,
             )
             running = await admin_server.start(app, listener=self._listener)
             stack.push_async_callback(running.stop)
@@ -97,6 +102,24 @@ class LiveServer:
             stack.callback(admission.install, None)
             return stack.pop_all().aclose
         raise AssertionError("unreachable")
+
+    async def _calibration(
+        self, engine: VLLMLiveEngine, control: Control, stack: contextlib.AsyncExitStack
+    ) -> LiveCalibration | None:
+        """Statistics of live traffic, read until ``stack`` is closed."""
+        options = self._options.statistics
+        if not options.on:
+            return None
+        found = LiveCalibration(
+            engine,
+            control.directory,
+            self._folder.path,
+            (await control.status()).fingerprint,
+            interval=options.interval,
+            half_life=options.half_life,
+        )
+        await stack.enter_async_context(found.running())
+        return found
 
     def restarting(self) -> AbstractContextManager[Path]:
         """Wraps the server's run; gives the checkpoint to serve, the base but in rebuild mode."""
