@@ -23,6 +23,7 @@ from liveprune.server.audit import AUDIT_FILE, AuditLog
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
+from liveprune.server.kept_prompts import KeptPrompts
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_options import LiveOptions, remember_resident
 from liveprune.server.memory_budget import total_bytes
@@ -84,6 +85,16 @@ class LiveServer:
             calibration = None
             if front.engine is not None and isinstance(control, Control):
                 calibration = await self._calibration(front.engine, control, stack)
+            prompts = self._options.prompts
+            await stack.enter_async_context(
+                KeptPrompts(
+                    self._folder.path,
+                    share=prompts.share,
+                    most=prompts.most,
+                    days=prompts.days,
+                    redact=prompts.redact,
+                ).running()
+            )
             metrics = live_metrics.LiveMetrics(control, calibration)
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(

@@ -43,6 +43,17 @@ class StatisticsOptions:
 
 
 @dataclass(frozen=True)
+class PromptOptions:
+    """Which of the users' prompts are kept."""
+
+    share: float = 0.0
+    """Of the requests to the alias; 0: none."""
+    most: int = 1000
+    days: float = 7.0
+    redact: Sequence[re.Pattern[str]] = ()
+
+
+@dataclass(frozen=True)
 class LiveOptions:
     """As given on the command line."""
 
@@ -61,6 +72,7 @@ class LiveOptions:
     admin_port: int = 8001
     admin_key_file: Path | None = None
     statistics: StatisticsOptions = StatisticsOptions()
+    prompts: PromptOptions = PromptOptions()
 
     @property
     def insists(self) -> bool:
