@@ -90,6 +90,7 @@ class BatchSlots:
         before_change: called before the slots become another batch's.
         after_fill: called where some are counted, with int64 and bool [tokens]: slots of the new
             batch, and which of its tokens are counted.
+        warm_up: called once, before the first dummy run: what it takes is in vLLM's memory profile.
         of_request: V2 only: what each request carries, by the index of its state.
     """
 
@@ -104,6 +105,7 @@ class BatchSlots:
         self.slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
         self.static = static
         self.of_request: dict[int, Carried] = {}
+        self.warm_up: Callable[[], None] | None = None
         self.before_change: Callable[[], None] | None = None
         self.after_fill: Callable[[npt.NDArray[np.int64], npt.NDArray[np.bool_]], None] | None = (
             None
@@ -201,6 +203,9 @@ def wrap_dummy_run(original: Callable[..., Any]) -> Callable[..., Any]:
         batch: BatchSlots | None = getattr(self, "liveprune_batch", None)
         if batch is not None:
             batch.reset()
+            warm_up, batch.warm_up = batch.warm_up, None
+            if warm_up is not None:
+                warm_up()
         return original(self, *args, **kwargs)
 
     return _dummy_run

@@ -74,6 +74,8 @@ class LiveStatistics:
         self._tokens = np.zeros(slots, np.int64)
         self._retired: dict[str, tuple[int, Arrays]] = {}
         batch.before_change, batch.after_fill = self.fold, self._start
+        if outputs is not None and batch.static:
+            batch.warm_up = lambda: outputs.warm_up(batch.default)
 
     @property
     def pending(self) -> bool:

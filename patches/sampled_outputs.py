@@ -60,6 +60,7 @@ class SampledOutputs:
         self.sums = torch.zeros(*shape, 3, 3, dtype=torch.float64, device=device)
         self.largest = torch.full(shape, -torch.inf, device=device)
         self._draw = np.random.default_rng(SEED)
+        self._ranks = torch.arange(size, device=device)
         self._count = 0
         self._stands_for = 0.0
 
@@ -71,10 +72,13 @@ class SampledOutputs:
         there = np.flatnonzero(counted)
         chosen = self._draw.permutation(there)[: self._size]
         self._count, self._stands_for = len(chosen), len(there) / len(chosen)
-        places = torch.from_numpy(np.sort(chosen))
+        # Always as many where kernels are compiled for a number of tokens; what is too many is some
+        # token of the sample, and does not count.
+        filled = np.resize(chosen, self._size) if self._static else chosen
+        places = torch.from_numpy(filled)
         if not self._positions.is_cpu:
             places = places.pin_memory()
-        self._positions[: len(chosen)].copy_(places, non_blocking=True)
+        self._positions[: len(filled)].copy_(places, non_blocking=True)
 
     def record(self, place: int, hidden_states: torch.Tensor) -> None:
         """Keep the sampled tokens' hidden states, [tokens, hidden], of the layer at ``place``."""
@@ -102,22 +106,32 @@ class SampledOutputs:
         """
         if not self._count:
             return
-        places = self._positions[: self._count]
+        size = self._size if self._static else self._count
+        places = self._positions[:size]
+        counted = (self._ranks[:size] < self._count).unsqueeze(1)
         own = slots.index_select(0, places)
         for place, (moe, tables) in enumerate(self._layers.values()):
             columns = tables.base_top_k
             g = weights[place, :, :columns].index_select(0, places).double()
             to = rows[place, :, :columns].index_select(0, places).long()
             taken = tables.ranks < top_k[place].index_select(0, own).unsqueeze(1)
-            taken = taken & (to < tables.rows)  # beyond are constants, which nothing computes
+            # Rows beyond the last are constants, which nothing computes.
+            taken = taken & (to < tables.rows) & counted
             # The kernel sees rows that are there, also in places that do not count.
             stand_in = tables.stand_in.index_select(0, own).unsqueeze(1)
             there = torch.where(to[:, :1] < tables.rows, to[:, :1], stand_in)
-            f = expert_outputs(
-                moe, self._hidden[place, : self._count], torch.where(taken, to, there)
-            )
+            f = expert_outputs(moe, self._hidden[place, :size], torch.where(taken, to, there))
             self._add(place, own, to, g, f, taken)
         self._count = 0
+
+    @torch.inference_mode()
+    def warm_up(self, slot: int) -> None:
+        """Compile the kernels for the sample's size. ``slot``: a live one."""
+        for place, (moe, tables) in enumerate(self._layers.values()):
+            row = min(tables.needed_rows(slot))
+            shape = (self._size, tables.base_top_k)
+            rows = torch.full(shape, row, dtype=torch.int64, device=self._hidden.device)
+            expert_outputs(moe, self._hidden[place], rows)
 
     def clear(self, slot: int) -> None:
         """Forget what a slot's tokens left."""

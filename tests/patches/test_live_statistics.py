@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
+from liveprune.patches import batch_slots
 from liveprune.patches.batch_slots import BatchSlots
 from liveprune.patches.live_counts import VariantCounts, parse_counts
 from liveprune.patches.live_router import LiveRouting, install
@@ -218,6 +219,21 @@ def test_dummy_runs_and_batches_of_nobody_are_not_counted() -> None:
 def read(world: World, live: Any, scale: float = 1.0) -> dict[str, VariantCounts]:
     variants = world.statistics.read(live)
     return parse_counts({"gate_scales": dict.fromkeys(LAYERS, scale), "variants": variants})
+
+
+def test_kernels_are_warmed_up_once_before_dummy_runs() -> None:
+    world = World(static=True, size=4)
+    moe, seen = world.layers[1], []
+    apply = moe.apply
+    moe.apply = lambda **x: seen.append(tuple(x["x"].shape)) or apply(**x)  # type: ignore[method-assign]
+    run = batch_slots.wrap_dummy_run(lambda runner, tokens: len(seen))
+    runner = SimpleNamespace(liveprune_batch=world.batch)
+    assert run(runner, 8) == 1, "before the run itself"
+    assert run(runner, 8) == 1
+    world.step(0, [0], [2], [True])
+    world.statistics.fold()
+    assert seen == [(4 * TOP_K, HIDDEN)] * 2, "as many as were warmed up"
+    world.check_outputs()
 
 
 def rows_of(world: World, slot: int, plan: LayerPlan | None) -> dict[int, list[int]]:
