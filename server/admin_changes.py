@@ -19,6 +19,7 @@ from liveprune.server.admin_models import OperationBody
 from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog, Change
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_metrics import LiveMetrics
 from liveprune.server.operations import Operation
 
@@ -31,6 +32,8 @@ class Admin:
     audit: AuditLog
     paths: AllowedPaths
     metrics: LiveMetrics
+    calibration: LiveCalibration | None = None
+    """None where live traffic is not counted."""
 
     async def change(
         self,

@@ -78,6 +78,15 @@ class AdminClient:
         """The engine's memory, its variants and what is going on."""
         return self._call("GET", "status")
 
+    def statistics(self) -> Json:
+        """What users' requests use lately."""
+        return self._call("GET", "statistics")
+
+    def statistics_file(self, variant: str) -> bytes:
+        """The statistics of a variant, or of ``all``, as a file."""
+        query = quote(variant, safe="")
+        return self._ask("GET", f"statistics/file?variant={query}", None, TIMEOUT).content
+
     def score(self, body: Json) -> Json:
         """Score answers under plans that nobody else sees (``candidate_models.Score``)."""
         return self._call("POST", "score", body, timeout=EVALUATION_TIMEOUT)
@@ -103,6 +112,14 @@ class AdminClient:
     def _call(
         self, method: str, path: str, body: Json | None = None, *, timeout: float = TIMEOUT
     ) -> Json:
+        answer = self._ask(method, path, body, timeout)
+        content = _json(answer)
+        if not isinstance(content, dict):
+            raise self._stranger(answer)
+        return content
+
+    def _ask(self, method: str, path: str, body: Json | None, timeout: float) -> httpx.Response:
+        """The answer if it is a success; errors as the class says."""
         try:
             answer = self._http.request(method, f"/admin/v1/{path}", json=body, timeout=timeout)
         except httpx.TimeoutException as error:
@@ -112,23 +129,29 @@ class AdminClient:
                 f"{self._url}: not reachable ({error}); expected the admin API of a running server "
                 "(--admin-url says where it is)"
             ) from error
-        try:
-            content = answer.json()
-        except ValueError:
-            content = None
-        if answer.is_success and isinstance(content, dict):
-            return content
-        message = _message(content)
+        if answer.is_success:
+            return answer
+        message = _message(_json(answer))
         if message is None:
-            raise EngineError(
-                f"{self._url}: found an answer with status {answer.status_code} that is not the "
-                "admin API's; is this the admin port?"
-            )
+            raise self._stranger(answer)
         if answer.status_code in (401, 403):
             raise EngineError(
                 f"{self._url}: the key was refused: {message} (the key is from {self._key_source})"
             )
         raise AdminConflictError(message) if answer.status_code == 409 else EngineError(message)
+
+    def _stranger(self, answer: httpx.Response) -> EngineError:
+        return EngineError(
+            f"{self._url}: found an answer with status {answer.status_code} that is not the "
+            "admin API's; is this the admin port?"
+        )
+
+
+def _json(answer: httpx.Response) -> object:
+    try:
+        return answer.json()
+    except ValueError:
+        return None
 
 
 def _message(content: object) -> str | None:

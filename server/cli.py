@@ -18,6 +18,7 @@ from liveprune.server.admin_key import STATE_VARIABLE, STORE_VARIABLE
 from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
 from liveprune.server.cli_pareto import pareto
 from liveprune.server.cli_prune import prune
+from liveprune.server.cli_statistics import statistics
 from liveprune.server.cli_store import store_app
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(prune)
 app.command()(pareto)
+app.command()(statistics)
 cli_live.register(app)
 app.add_typer(store_app, name="store")
 console = Console()
@@ -131,6 +133,35 @@ def serve(
     admin_key_file: Annotated[
         Path | None, typer.Option(help="Admin keys, one a line; default: in the state folder.")
     ] = None,
+    live_statistics: Annotated[
+        bool,
+        typer.Option(
+            "--live-statistics/--no-live-statistics", help="Count which experts requests use."
+        ),
+    ] = True,
+    statistics_sample: Annotated[
+        int, typer.Option(min=0, help="Tokens of a sampled step whose experts are measured.")
+    ] = 16,
+    statistics_every: Annotated[
+        int, typer.Option(min=1, help="One step in so many is sampled.")
+    ] = 64,
+    statistics_interval: Annotated[
+        float, typer.Option(min=1, help="Seconds between two looks at the counts.")
+    ] = 60,
+    statistics_half_life: Annotated[
+        float, typer.Option(min=0.01, help="Hours in which a count loses half its weight.")
+    ] = 24,
+    keep_prompts: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests whose text is kept; default 0.")
+    ] = 0,
+    keep_prompts_max: Annotated[int, typer.Option(min=1, help="Most of them; old ones go.")] = 1000,
+    keep_prompts_days: Annotated[
+        float, typer.Option(min=0.01, help="Days after which they are deleted.")
+    ] = 7,
+    redact: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Replaced in kept text by [redacted]; repeatable."),
+    ] = None,
 ) -> None:
     """Serve MODEL behind vLLM's OpenAI API; every `vllm serve` flag is passed through.
 
@@ -138,7 +169,13 @@ def serve(
     --max-model-len, --tensor-parallel-size, --api-key.
     """
     from liveprune.server.admin_key import default_state_folder
-    from liveprune.server.live_options import LiveOptions, parse_bytes
+    from liveprune.server.kept_prompts import redactions
+    from liveprune.server.live_options import (
+        LiveOptions,
+        PromptOptions,
+        StatisticsOptions,
+        parse_bytes,
+    )
     from liveprune.server.serve import check_model, check_plugin_enabled
     from liveprune.server.serve import serve as run
 
@@ -160,6 +197,16 @@ def serve(
         store_quota=parse_bytes("--store-quota", store_quota),
         keep_jobs=keep_jobs,
         replica=replica,
+        statistics=StatisticsOptions(
+            on=live_statistics,
+            sample=statistics_sample,
+            every=statistics_every,
+            interval=statistics_interval,
+            half_life=3600 * statistics_half_life,
+        ),
+        prompts=PromptOptions(
+            keep_prompts, keep_prompts_max, keep_prompts_days, redactions(redact or ())
+        ),
     )
     if options.insists and not live:
         raise VariantError("--no-live: found together with --variant or --resident, expected one")

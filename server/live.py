@@ -23,6 +23,8 @@ from liveprune.server.audit import AuditLog
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
+from liveprune.server.kept_prompts import KeptPrompts
+from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_options import LiveOptions, remember_resident
 from liveprune.server.memory_budget import total_bytes
 from liveprune.server.operation_records import OperationRecords
@@ -83,7 +85,20 @@ class LiveServer:
                     logger.warning("at start: %s", problem)
                 remember_resident(self._folder, self._options.resident)
             stack.push_async_callback(control.stop)
-            metrics = live_metrics.LiveMetrics(control)
+            calibration = None
+            if front.engine is not None and isinstance(control, Control):
+                calibration = await self._calibration(front.engine, control, stack)
+            prompts = self._options.prompts
+            await stack.enter_async_context(
+                KeptPrompts(
+                    self._folder.path,
+                    share=prompts.share,
+                    most=prompts.most,
+                    days=prompts.days,
+                    redact=prompts.redact,
+                ).running()
+            )
+            metrics = live_metrics.LiveMetrics(control, calibration)
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(
                 control,
@@ -91,6 +106,7 @@ class LiveServer:
                 audit=self._audit,
                 roots=(*self._options.plan_roots, *default_roots(self._options.state)),
                 metrics=metrics,
+                calibration=calibration,
             )
             running = await admin_server.start(app, listener=self._listener)
             stack.push_async_callback(running.stop)
@@ -100,6 +116,24 @@ class LiveServer:
             stack.callback(admission.install, None)
             return stack.pop_all().aclose
         raise AssertionError("unreachable")
+
+    async def _calibration(
+        self, engine: VLLMLiveEngine, control: Control, stack: contextlib.AsyncExitStack
+    ) -> LiveCalibration | None:
+        """Statistics of live traffic, read until ``stack`` is closed."""
+        options = self._options.statistics
+        if not options.on:
+            return None
+        found = LiveCalibration(
+            engine,
+            control.directory,
+            self._folder.path,
+            (await control.status()).fingerprint,
+            interval=options.interval,
+            half_life=options.half_life,
+        )
+        await stack.enter_async_context(found.running())
+        return found
 
     def restarting(self) -> AbstractContextManager[Path]:
         """Wraps the server's run; gives the checkpoint to serve, the base but in rebuild mode."""

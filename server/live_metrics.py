@@ -26,7 +26,9 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
+from liveprune.server.calibration_metrics import calibration_metrics
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.operations import Operation, State, Status
 
 REFRESH_SECONDS = 10.0
@@ -88,8 +90,8 @@ class _Durations:
 class LiveMetrics:
     """A prometheus_client collector over the last snapshot."""
 
-    def __init__(self, control: ControlPlane) -> None:
-        self._control = control
+    def __init__(self, control: ControlPlane, calibration: LiveCalibration | None = None) -> None:
+        self._control, self._calibration = control, calibration
         self._status: Status | None = None
         self._model: str | None = None
         self._swaps = {outcome: _Durations() for outcome in OUTCOMES}
@@ -115,7 +117,12 @@ class LiveMetrics:
 
     def describe(self) -> list[Metric]:
         """All families without samples: what a registry checks for names that clash."""
-        return [*_variant_metrics(None), *_engine_metrics(None), *self._operation_metrics(None)]
+        return [
+            *_variant_metrics(None),
+            *_engine_metrics(None),
+            *self._operation_metrics(None),
+            *calibration_metrics(None, None),
+        ]
 
     def collect(self) -> Iterator[Metric]:
         """All families with the samples of the last snapshot."""
@@ -123,6 +130,7 @@ class LiveMetrics:
         yield from _variant_metrics(status)
         yield from _engine_metrics(status)
         yield from self._operation_metrics(self._model)
+        yield from calibration_metrics(self._calibration, self._model)
 
     def _count(self, operations: Sequence[Operation]) -> None:
         """Count each operation once, when it has ended."""

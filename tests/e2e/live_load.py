@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -132,9 +133,12 @@ def liveprune(
     server: ServedModel, state: Path, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of the CLI against ``server``, with the key of its state folder."""
+    environment = {"LIVEPRUNE_STATE_DIR": str(state), "PATH": "/usr/bin:/bin", "HOME": str(state)}
+    if "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     return subprocess.run(
         [sys.executable, "-m", "liveprune.server", *arguments, "--admin-url", server.admin_url],
-        env={"LIVEPRUNE_STATE_DIR": str(state), "PATH": "/usr/bin:/bin", "HOME": str(state)},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
