@@ -43,10 +43,10 @@ class AllowedPaths:
         try:
             path = self._inside(self.roots[0] / text, text)
             file = self._inside(path / CHECKPOINT_PLAN, text) if path.is_dir() else path
-            _check_file(file)
+            _check_file(file, "a plan", MAX_PLAN_BYTES)
             matrices = _matrices(file)
             if matrices is not None:
-                _check_file(self._inside(file.parent / matrices, text))
+                _check_file(self._inside(file.parent / matrices, text), "a plan", MAX_PLAN_BYTES)
         except (OSError, RuntimeError, ValueError) as error:
             # RuntimeError: links in a circle. ValueError: a null byte in the path.
             reason = getattr(error, "strerror", None) or error
@@ -77,7 +77,7 @@ class AllowedPaths:
         return resolved
 
 
-def _check_file(path: Path, kind: str = "a plan", most: int = MAX_PLAN_BYTES) -> None:
+def _check_file(path: Path, kind: str, most: int) -> None:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise PlanError(f"{path}: expected a regular file")  # reading a pipe would wait for ever
