@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ Json = dict[str, Any]
 class Served:
     """A server with live variants, and one hand on its admin API."""
 
-    def __init__(self, model: Path, dtype: str) -> None:
-        self.state = model.parent / f"state-{model.name}"
+    def __init__(
+        self, model: Path, dtype: str, *, flags: Sequence[str] = (), name: str = "live"
+    ) -> None:
+        """``flags``: further ones; ``name``: of the log and the state folder."""
         folder = model.parent
+        self.state = folder / f"state-{model.name}-{name}"
         self.server = ServedModel(
             model,
-            log=folder / f"live-{model.name}.log",
-            flags=[*FLAGS, "--dtype", dtype, "--plan-root", str(folder)],
+            log=folder / f"{name}-{model.name}.log",
+            flags=[*FLAGS, "--dtype", dtype, "--plan-root", str(folder), *flags],
             name=NAME,
             state=self.state,
         )

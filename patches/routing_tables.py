@@ -208,10 +208,16 @@ class LayerTables:
             vectors: [hidden] for each other expert.
 
         Raises:
-            EngineError: too few free vectors in the pool, or vectors of another size.
+            EngineError: an expert that neither computes nor has a vector, or does both; too few
+                free vectors in the pool, or vectors of another size.
         """
         self._refuse_base(slot)
         self.clear(slot)
+        if not vectors or not kept or sorted([*kept, *vectors]) != list(range(self.experts)):
+            raise EngineError(
+                f"slot {slot}: found kept {list(kept)} and constants for {list(vectors)}, expected "
+                f"each of {self.experts} experts in one of the two, neither empty"
+            )
         taken = {i for places in self._constants.values() for i in places}
         free = [i for i in range(len(self.constants)) if i not in taken]
         if len(free) < len(vectors):

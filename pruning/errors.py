@@ -8,6 +8,7 @@ LiveprunError
 ├── VariantError        a variant is unknown, its name is taken, or it cannot be live
 ├── ConflictError       the operation must wait for another, or comes at the wrong time
 ├── EngineError         the running engine refused or failed an operation
+├── StoreError          the database of variants and jobs failed, or is not what it should be
 └── IncompatibleEnvironmentError   the installed software cannot run this
 
 Every message names the thing, what was found and what was expected.
@@ -46,6 +47,10 @@ class ConflictError(LiveprunError):
 
 class EngineError(LiveprunError):
     """The running engine refused or failed an operation."""
+
+
+class StoreError(LiveprunError):
+    """The database of variants and jobs failed, or is not what it should be."""
 
 
 class IncompatibleEnvironmentError(LiveprunError):

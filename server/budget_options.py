@@ -21,9 +21,16 @@ def allowed_counts(
         expert_parallel: ranks that each hold as many experts.
 
     Raises:
-        PlanError: ``snap`` is none of these, or there is no tuned kernel for such experts.
+        PlanError: ``snap`` is none of these or missing where ranks are stated, there is no tuned
+            kernel for such experts, or no count that the ranks can share.
     """
     if snap is None:
+        if expert_parallel > 1:
+            # Counts by layer are known after calibration or a search only: too late to refuse them.
+            raise PlanError(
+                f"--expert-parallel {expert_parallel}: found without --snap, expected --snap "
+                f"servable, tuned or a number such as 8"
+            )
         return None
     most = max(layer.experts for layer in spec.layers)
     if snap == "servable":
@@ -40,4 +47,8 @@ def allowed_counts(
         counts = frozenset(range(int(snap), most + 1, int(snap)))
     else:
         raise PlanError(f"--snap: found {snap!r}, expected servable, tuned or a number such as 8")
-    return frozenset(x for x in counts if x % expert_parallel == 0)
+    shared = frozenset(x for x in counts if x % expert_parallel == 0)
+    if not shared:
+        ranks = f" that {expert_parallel} ranks can share" if expert_parallel > 1 else ""
+        raise PlanError(f"--snap {snap}: found no count{ranks}, expected some up to {most}")
+    return shared

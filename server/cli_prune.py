@@ -205,7 +205,7 @@ def prune(
         int,
         typer.Option(
             min=1,
-            help="Refuse counts that so many expert-parallel ranks cannot share.",
+            help="Ranks that must be able to share the counts; with --snap, or --method eep.",
             rich_help_panel=_PANEL,
         ),
     ] = 1,

@@ -74,8 +74,10 @@ class Heart:
 
     def _run(self) -> None:
         last = self._clock()
-        while not self._stopped:
+        stopping = False
+        while not stopping:
             self._wake.wait(self._lease / 3)
+            stopping = self._stopped
             self._wake.clear()
             try:
                 self._beat()

@@ -1,1 +1,1 @@
-"""What a server remembers in a database."""
+"""What a server, its jobs and its replicas remember: one database, and plan files beside it."""

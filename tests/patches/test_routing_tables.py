@@ -99,14 +99,19 @@ def test_clear_forgets_everything() -> None:
 
 
 def test_addresses_never_change() -> None:
-    made = tables()
-    names = ("allow", "top_k", "row_of", "is_mapped", "map_allow", "router_map", "map_row")
+    made = tables(hidden=2)
+    names = (
+        *("allow", "top_k", "row_of", "is_mapped", "map_allow", "router_map", "map_row"),
+        *("constants", "stand_in"),
+    )
     before = [getattr(made, name).data_ptr() for name in names]
     made.set_base(0)
     made.set_kept(1, [0, 1], 2, [6, 7])
     made.set_mapped(2, torch.ones(2, 6), [7, 8], 1)
     made.clear(2)
     made.set_kept(2, [5], 1)
+    made.set_constant(3, [0, 1, 2, 3, 4], 2, {5: torch.ones(2)})
+    made.set_constant(3, [0, 2, 4, 5], 2, {1: torch.ones(2), 3: torch.ones(2)})
     assert [getattr(made, name).data_ptr() for name in names] == before
 
 
@@ -193,3 +198,143 @@ def test_write_takes_every_form_of_plan() -> None:
     assert made.top_ks == [2, 1, 2, 2]
     assert made.mapped == [False, False, False, True]
     assert torch.equal(made.router_map[made.map_allow[3]], torch.from_numpy(merge * 2))
+
+
+# Constants
+
+
+def vectors(*experts: int) -> dict[int, torch.Tensor]:
+    """[10 * expert, 1] for each."""
+    return {expert: torch.tensor([10.0 * expert, 1.0]) for expert in experts}
+
+
+def test_constants_by_hand() -> None:
+    """Rows 0 to 8 are there; 1, 3 and 4 answer with vectors 0, 1 and 2 of the pool."""
+    made = tables(hidden=2)
+    made.set_constant(2, [0, 2, 5], 2, vectors(1, 3, 4))
+    assert made.row_of[2].tolist() == [0, 9, 2, 10, 11, 5]
+    assert made.constants.tolist() == [[10, 1], [30, 1], [40, 1]]
+    assert made.allow[2].all(), "the gate chooses among all"
+    assert made.needed_rows(2) == {0, 2, 5}
+    assert int(made.stand_in[2]) == 0
+    assert (made.constant, made.mapped[2], made.top_ks[2]) == (
+        [False, False, True, False],
+        False,
+        2,
+    )
+    assert made.remapped[2] is True, "or the rows beyond the last would not be looked up"
+
+
+def test_the_stand_in_is_a_row_that_the_slot_needs() -> None:
+    made = tables(hidden=2)
+    made.set_constant(1, [3, 4, 5], 1, vectors(0, 1, 2))
+    assert int(made.stand_in[1]) == 3
+    assert made.needed_rows(1) == {3, 4, 5}
+
+
+def test_slots_share_the_pool_and_give_it_back() -> None:
+    made = tables(hidden=2)
+    made.set_base(0)
+    made.set_constant(1, [0, 2, 4, 5], 2, vectors(1, 3))
+    made.set_constant(2, [0, 1, 2, 3, 4], 1, vectors(5))
+    assert made.constants.tolist() == [[10, 1], [30, 1], [50, 1]]
+    assert made.row_of[1].tolist() == [0, 9, 2, 10, 4, 5]
+    assert made.row_of[2].tolist() == [0, 1, 2, 3, 4, 11]
+    with pytest.raises(EngineError, match="slot 3: found 0 free constant vectors, expected 1"):
+        made.set_constant(3, [0, 1, 2, 3, 4], 2, vectors(5))
+    made.clear(1)
+    assert made.constants.tolist() == [[0, 0], [0, 0], [50, 1]], "of slot 1 nothing is left"
+    assert made.constant == [False, False, True, False]
+    assert made.needed_rows(1) == frozenset()
+    made.set_constant(3, [1, 2, 3, 4], 2, vectors(5, 0))
+    assert made.row_of[3].tolist() == [10, 1, 2, 3, 4, 9]
+    assert made.constants.tolist() == [[50, 1], [0, 1], [50, 1]]
+    assert made.needed_rows(3) == {1, 2, 3, 4}
+    assert made.row_of[2].tolist() == [0, 1, 2, 3, 4, 11], "the neighbour is where it was"
+
+
+def test_constants_are_replaced_within_their_own_room() -> None:
+    made = tables(hidden=2)
+    made.set_constant(1, [0, 1, 2], 2, vectors(3, 4, 5))
+    made.set_constant(1, [3, 4, 5], 1, vectors(0, 1, 2))
+    assert made.constants.tolist() == [[0, 1], [10, 1], [20, 1]]
+    assert made.needed_rows(1) == {3, 4, 5}
+    made.set_constant(1, [0, 1, 2, 3, 5], 1, vectors(4))
+    assert made.constants.tolist() == [[40, 1], [0, 0], [0, 0]]
+    assert made.needed_rows(1) == {0, 1, 2, 3, 5}
+
+
+@pytest.mark.parametrize("form", ["kept", "mapped", "base"])
+def test_another_plan_takes_the_constants_away(form: str) -> None:
+    made = tables(hidden=2)
+    made.set_constant(1, [0, 1, 2], 2, vectors(3, 4, 5))
+    if form == "kept":
+        made.set_kept(1, [4, 5], 1)
+    elif form == "mapped":
+        made.set_mapped(1, torch.ones(1, 6), [7], 1)
+    else:
+        made.write(1, None, range(6))
+    assert made.needed_rows(1) == {"kept": {4, 5}, "mapped": {7}, "base": set(range(6))}[form]
+    assert made.row_of[1].tolist() == list(range(6))
+    assert (made.constant[1], made.remapped[1]) == (False, False)
+    assert not made.constants.any()
+    made.set_constant(2, [0, 1, 2], 2, vectors(3, 4, 5))
+
+
+def test_write_takes_a_plan_with_constants() -> None:
+    made = tables(hidden=2)
+    plan = LayerPlan(3, 6, 2, kept=(0, 2, 5), constants=np.arange(6.0).reshape(3, 2))
+    made.write(1, plan, plan.kept)
+    assert made.row_of[1].tolist() == [0, 9, 2, 10, 11, 5]
+    assert made.constants.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert made.needed_rows(1) == {0, 2, 5}
+
+
+def test_there_is_a_vector_for_each_spare_row() -> None:
+    assert tables(hidden=7).constants.shape == (3, 7)
+    assert tables(hidden=7).can_be_constant
+    base_map = torch.rand(6, 9, generator=torch.Generator().manual_seed(0))
+    for other in (tables(), tables(spare=0, hidden=7), tables(hidden=7, base_map=base_map)):
+        assert not other.can_be_constant
+        with pytest.raises(EngineError, match="found 0 free constant vectors, expected 3"):
+            other.set_constant(1, [0, 1, 2], 2, vectors(3, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, [0, 1, 2], 1, vectors(3, 4, 5)), "slot 0: it is the base model's"),
+        ((4, [0, 1, 2], 1, vectors(3, 4, 5)), "slot 4: expected 0 to 3"),
+        ((1, [0, 1], 1, vectors(2, 3, 4, 5)), "found 3 free constant vectors, expected 4"),
+        ((1, [0, 1, 2], 3, vectors(3, 4, 5)), "top-k is 3, expected 1 to 2"),
+        ((1, [0, 1, 2], 0, vectors(3, 4, 5)), "top-k is 0, expected 1 to 2"),
+        (
+            (1, [0, 1, 2, 3], 1, {**vectors(4), 5: torch.ones(3)}),
+            r"expert 5's constant is \(3,\), expected \(2,\)",
+        ),
+        ((1, [0, 1, 2], 1, vectors(3, 4)), r"kept \[0, 1, 2\] and constants for \[3, 4\]"),
+        ((1, [0, 1, 2, 3], 1, vectors(3, 4, 5)), r"kept \[0, 1, 2, 3\] and constants for"),
+        ((1, [6, 1, 2], 1, vectors(3, 4, 5)), r"kept \[6, 1, 2\] and constants for"),
+        ((1, [0, 1, 2], 1, vectors(3, 4, 6)), r"and constants for \[3, 4, 6\]"),
+        ((1, [0, 1, 2, 3, 4, 5], 1, {}), "and constants for"),
+    ],
+)
+def test_constants_that_do_not_fit(arguments: tuple[object, ...], message: str) -> None:
+    """And the slot is free then, also of the constants that it had."""
+    made = tables(hidden=2)
+    made.set_constant(1, [0, 1, 3, 4, 5], 2, vectors(2))
+    with pytest.raises(EngineError, match=message):
+        made.set_constant(*arguments)  # type: ignore[arg-type]
+    if arguments[0] == 1:
+        assert made.top_ks == [0] * 4
+        assert made.constant == [False] * 4
+        assert made.needed_rows(1) == frozenset()
+        assert not made.constants.any()
+    else:
+        assert made.needed_rows(1) == {0, 1, 3, 4, 5}
+
+
+def test_no_expert_left_to_compute_is_refused() -> None:
+    made = LayerTables(2, 3, 3, 1, hidden=2, device="cpu")
+    with pytest.raises(EngineError, match=r"kept \[\] and constants for \[0, 1, 2\]"):
+        made.set_constant(1, [], 1, vectors(0, 1, 2))
