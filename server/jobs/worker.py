@@ -90,9 +90,7 @@ class Worker:
             self._failed(f"unexpected {type(error).__name__}: {error}; its log has more")
         else:
             logger.info("done: %s", result)
-            self._store.jobs.finish(
-                job.id, self._assignment.owner, JobState.DONE, result=result
-            )
+            self._store.jobs.finish(job.id, self._assignment.owner, JobState.DONE, result=result)
 
     def _work(self) -> dict[str, Any]:
         job, assignment = self._job, self._assignment
@@ -121,9 +119,7 @@ class Worker:
 
     def _failed(self, error: str) -> None:
         logger.error("failed: %s", error)
-        self._store.jobs.finish(
-            self._job.id, self._assignment.owner, JobState.FAILED, error=error
-        )
+        self._store.jobs.finish(self._job.id, self._assignment.owner, JobState.FAILED, error=error)
 
     def _stopped(self) -> None:
         jobs, job, owner = self._store.jobs, self._job, self._assignment.owner
