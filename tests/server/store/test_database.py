@@ -51,10 +51,14 @@ def test_a_newer_database_is_refused(url: str) -> None:
 def test_what_fails_is_not_written_in_part(url: str) -> None:
     engine = open_database(url)
     row = {"model": "m", "key": "k", "value": 1, "updated": 1.0}
-    with pytest.raises(StoreError, match="(?i)unique"), transaction(engine) as connection:
-        connection.execute(settings.insert().values(row))
-        connection.execute(settings.insert().values({**row, "key": "other"}))
-        connection.execute(settings.insert().values(row))
+
+    def write() -> None:
+        with transaction(engine) as connection:
+            for key in ("k", "other", "k"):
+                connection.execute(settings.insert().values({**row, "key": key}))
+
+    with pytest.raises(StoreError, match=r"(?i)unique"):
+        write()
     with transaction(engine) as connection:
         assert connection.execute(sa.select(settings)).all() == []
     engine.dispose()

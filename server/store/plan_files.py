@@ -1,0 +1,60 @@
+"""Plans as files named after their content, beside the database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from liveprune.pruning.errors import PlanError
+from liveprune.pruning.plan import Plan
+from liveprune.pruning.plan_io import load_plan, save_plan
+
+
+class PlanFiles:
+    """A folder of ``DIGEST.json``, each with its matrices in ``DIGEST.safetensors``."""
+
+    def __init__(self, folder: Path) -> None:
+        """``folder`` is made with mode 0700 if it is not there."""
+        self.folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        """Where the plan with this digest is, in our own form."""
+        return self.folder / f"{digest}.json"
+
+    def save(self, plan: Plan) -> int:
+        """Write a plan; one that is there already is written again, which mends it.
+
+        Returns:
+            Bytes of its files.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        save_plan(plan, self.path(plan.digest))
+        return sum(file.stat().st_size for file in self._files(plan.digest) if file.exists())
+
+    def load(self, digest: str) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: it is missing, damaged, or not the one that its name promises.
+        """
+        path = self.path(digest)
+        plan = load_plan(path)
+        if plan.digest != digest:
+            raise PlanError(f"{path}: holds the plan {plan.digest}, expected {digest}")
+        return plan
+
+    def discard(self, digest: str) -> None:
+        """Delete a plan, if it is there."""
+        for file in self._files(digest):
+            file.unlink(missing_ok=True)
+
+    def digests(self) -> Iterator[str]:
+        """Of all plans that are complete, and of matrices that a crash left without one."""
+        yield from sorted({file.stem for file in self.folder.iterdir() if file.name[0] != "."})
+
+    def _files(self, digest: str) -> tuple[Path, Path]:
+        path = self.path(digest)
+        return path, path.with_suffix(".safetensors")
