@@ -86,6 +86,43 @@ class AdminClient:
         """Decode under plans that nobody else sees (``candidate_models.Generate``)."""
         return self._call("POST", "generate", body, timeout=EVALUATION_TIMEOUT)
 
+    def start_job(self, request: Json) -> Json:
+        """Queue a background job (``jobs.request.JobRequest``); returns it."""
+        return self._call("POST", "jobs", request)
+
+    def jobs(self) -> list[Json]:
+        """The newest first."""
+        found: list[Json] = self._call("GET", "jobs")["jobs"]
+        return found
+
+    def job(self, job_id: str) -> Json:
+        """One job; the beginning of its id will do."""
+        return self._call("GET", f"jobs/{quote(job_id, safe='')}")
+
+    def job_log(self, job_id: str) -> str:
+        """The end of a job's log."""
+        return str(self._call("GET", f"jobs/{quote(job_id, safe='')}/logs")["log"])
+
+    def cancel_job(self, job_id: str) -> Json:
+        """Stop a job; returns it."""
+        return self._call("POST", f"jobs/{quote(job_id, safe='')}/cancel")
+
+    def resume_job(self, job_id: str) -> Json:
+        """Queue a job again that failed or was cancelled; returns it."""
+        return self._call("POST", f"jobs/{quote(job_id, safe='')}/resume")
+
+    def background(self) -> Json:
+        """Whether background work is on."""
+        return self._call("GET", "background")
+
+    def set_background(self, enabled: bool) -> Json:
+        """Turn all background work on or off."""
+        return self._call("POST", "background", {"enabled": enabled})
+
+    def fetch(self, path: str) -> bytes:
+        """A file that the server gives out."""
+        return self._request("GET", path, None, TIMEOUT).content
+
     def close(self) -> None:
         self._http.close()
 
@@ -103,6 +140,13 @@ class AdminClient:
     def _call(
         self, method: str, path: str, body: Json | None = None, *, timeout: float = TIMEOUT
     ) -> Json:
+        answer = self._request(method, path, body, timeout)
+        content = _json(answer)
+        if not isinstance(content, dict):
+            raise self._foreign(answer)
+        return content
+
+    def _request(self, method: str, path: str, body: Json | None, timeout: float) -> httpx.Response:
         try:
             answer = self._http.request(method, f"/admin/v1/{path}", json=body, timeout=timeout)
         except httpx.TimeoutException as error:
@@ -112,23 +156,29 @@ class AdminClient:
                 f"{self._url}: not reachable ({error}); expected the admin API of a running server "
                 "(--admin-url says where it is)"
             ) from error
-        try:
-            content = answer.json()
-        except ValueError:
-            content = None
-        if answer.is_success and isinstance(content, dict):
-            return content
-        message = _message(content)
+        if answer.is_success:
+            return answer
+        message = _message(_json(answer))
         if message is None:
-            raise EngineError(
-                f"{self._url}: found an answer with status {answer.status_code} that is not the "
-                "admin API's; is this the admin port?"
-            )
+            raise self._foreign(answer)
         if answer.status_code in (401, 403):
             raise EngineError(
                 f"{self._url}: the key was refused: {message} (the key is from {self._key_source})"
             )
         raise AdminConflictError(message) if answer.status_code == 409 else EngineError(message)
+
+    def _foreign(self, answer: httpx.Response) -> EngineError:
+        return EngineError(
+            f"{self._url}: found an answer with status {answer.status_code} that is not the "
+            "admin API's; is this the admin port?"
+        )
+
+
+def _json(answer: httpx.Response) -> object:
+    try:
+        return answer.json()
+    except ValueError:
+        return None
 
 
 def _message(content: object) -> str | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from liveprune.pruning.budget import layer_budgets, parse_budget
 from liveprune.pruning.calibration.rows import load_rows
 from liveprune.pruning.errors import (
-    ConflictError,
     DataError,
     IncompatibleEnvironmentError,
     PlanError,
@@ -39,8 +38,6 @@ class Surroundings:
     model: Path
     """Checkpoint folder of the base model."""
     paths: AllowedPaths
-    taken: Collection[str] = ()
-    """Tags that are known, or that other jobs will make."""
     tested: Mapping[str, str] = field(default_factory=dict)
     """Digests of files that earlier jobs measured as test sets, and which job that was."""
     why_not_live: str = ""
@@ -68,12 +65,9 @@ def check_request(request: JobRequest, around: Surroundings) -> Checked:
         PlanError: method, budget or settings do not fit each other or the model.
         DataError: rows are missing or unusable, or the test set is learned from.
         VariantError: the tag is malformed.
-        ConflictError: the tag is taken.
         IncompatibleEnvironmentError: the engine cannot do this.
     """
     check_tag(request.tag)
-    if request.tag in around.taken:
-        raise ConflictError(f"tag: {request.tag!r} is taken; expected another name")
     if request.engine == "live" and around.why_not_live:
         raise IncompatibleEnvironmentError(
             f"engine: found live, expected transformers or vllm: {around.why_not_live}"

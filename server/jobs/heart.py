@@ -1,4 +1,4 @@
-"""A worker's sign of life: it keeps the lease, carries news to the store, and brings orders back."""
+"""A worker's sign of life: keeps the lease, carries news to the store, brings orders back."""
 
 from __future__ import annotations
 

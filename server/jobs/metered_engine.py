@@ -36,7 +36,8 @@ class Meter:
             "tokens": self._tokens,
             "evaluations": self._evaluations,
         }
-        return {name: self._before.get(name, 0) + value for name, value in now.items()}
+        counted = {name: self._before.get(name, 0) + value for name, value in now.items()}
+        return {**self._before, **counted}
 
     def add(self, seconds: float, tokens: int, plans: int) -> None:
         """Count one call."""

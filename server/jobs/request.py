@@ -106,6 +106,8 @@ class StoredRequest(Frozen):
 
     request: JobRequest
     """Paths are absolute."""
+    asked: Mapping[str, Any] = Field(default_factory=dict)
+    """As it came."""
     digests: Mapping[str, str] = Field(default_factory=dict)
     """Of each file's content, by ``data``, ``dev``, ``test``: a job goes on with the same rows or
     not at all."""

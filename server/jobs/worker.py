@@ -1,4 +1,4 @@
-"""The process that does one job: ``python -m liveprune.server.jobs.worker``, told by standard input.
+"""The process that does one job: ``python -m liveprune.server.jobs.worker``, told by its input.
 
 It ends with the server that started it, and can be killed at any moment: whoever claims the job
 next goes on from its folder.
@@ -23,6 +23,7 @@ from liveprune.server.jobs.metered_engine import Meter
 from liveprune.server.jobs.publish import publish
 from liveprune.server.jobs.request import StoredRequest
 from liveprune.server.jobs.run import Work
+from liveprune.server.jobs.tracker import Tracker
 from liveprune.server.store.jobs import Job, JobState, LeaseLostError
 from liveprune.server.store.store import Store
 
@@ -31,6 +32,9 @@ GRACE = 10.0
 """Seconds that the work has to come to a safe point once it is told to stop."""
 LOST, ALONE = 3, 4
 """Exit statuses: the job is another's; the server is gone."""
+AT_START, STALLED = "evaluations_at_start", "stalled"
+"""In a job's cost: evaluations before this attempt; attempts in a row that ended without a new one,
+or a word."""
 
 logger = logging.getLogger("liveprune.jobs")
 
@@ -43,7 +47,9 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a call says nothing
     assignment.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    store = Store(assignment.store, assignment.files_path, assignment.model, assignment.replica)
+    store = Store(
+        assignment.files_path, assignment.model, url=assignment.store, replica=assignment.replica
+    )
     try:
         Worker(store, assignment).run()
     finally:
@@ -95,13 +101,14 @@ class Worker:
     def _work(self) -> dict[str, Any]:
         job, assignment = self._job, self._assignment
         stored = StoredRequest.model_validate(job.request)
-        meter = Meter(job.cost, lambda cost: self._heart.tell(cost=cost))
+        meter = Meter(begun(job), lambda cost: self._heart.tell(cost=cost))
+        self._heart.tell(cost=meter.cost)
         with self._client() as client:
             work = Work(
                 stored, assignment, self._heart, meter, lambda: client.fetch("statistics/file")
             )
             outcome = work.run()
-            found = publish(self._store, client, job, stored, outcome, self._heart)
+            found = publish(self._store, client, job, stored, outcome, Tracker(self._heart).check)
         self._heart.tell(cost=meter.cost)
         return found
 
@@ -128,6 +135,8 @@ class Worker:
             jobs.finish(job.id, owner, JobState.CANCELLED)
         else:
             logger.info("stopped; it goes on later")
+            cost = {**jobs.get(job.id).cost, STALLED: 0}
+            jobs.beat(job.id, owner, self._assignment.lease, cost=cost)
             jobs.give_back(job.id, owner)
 
     def _stop(self, _: int, __: FrameType | None) -> None:
@@ -141,6 +150,14 @@ class Worker:
             self._stopped()
         finally:
             os._exit(0)
+
+
+def begun(job: Job) -> dict[str, Any]:
+    """The cost so far, with what tells an attempt that got somewhere from one that did not."""
+    cost = dict(job.cost)
+    done = cost.get("evaluations", 0)
+    again = AT_START in cost and cost[AT_START] == done
+    return {**cost, AT_START: done, STALLED: cost.get(STALLED, 0) + 1 if again else 0}
 
 
 def _end_with_server() -> None:

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from liveprune.pruning.demo import model_path, rows_path
 from liveprune.pruning.errors import (
-    ConflictError,
     DataError,
     IncompatibleEnvironmentError,
     PlanError,
@@ -96,7 +95,6 @@ def test_what_contradicts_itself_is_no_request(bad: dict[str, Any], match: str) 
     [
         ({"tag": "full"}, VariantError, "reserved"),
         ({"tag": "a b"}, VariantError, "tag is 'a b'"),
-        ({"tag": "taken"}, ConflictError, "'taken' is taken"),
         ({"method": "reep"}, PlanError, "did you mean 'reap'.*or eep"),
         ({"settings": {"nope": 1}}, PlanError, "found parameter 'nope'"),
         ({"method": "eep", "settings": {"nope": 1}}, PlanError, "found nope"),
@@ -124,7 +122,7 @@ def test_what_cannot_work_is_refused(
     bad: dict[str, Any], kind: type[Exception], match: str
 ) -> None:
     with pytest.raises(kind, match=match):
-        check_request(request(**bad), around(taken={"taken"}, statistics=True))
+        check_request(request(**bad), around(statistics=True))
 
 
 def test_what_is_not_there_is_refused() -> None:
