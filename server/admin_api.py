@@ -18,7 +18,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.responses import JSONResponse
 
 from liveprune.pruning.errors import LiveprunError
-from liveprune.server import admin_candidates
+from liveprune.server import admin_candidates, admin_jobs
 from liveprune.server.admin_auth import AdminGate
 from liveprune.server.admin_changes import Admin
 from liveprune.server.admin_errors import add_error_handlers
@@ -38,6 +38,7 @@ from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog
 from liveprune.server.body_limit import BodyLimit
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.jobs.service import JobService
 from liveprune.server.live_metrics import LiveMetrics
 from liveprune.server.operations import Operation
 
@@ -223,6 +224,7 @@ def make_app(
     audit: AuditLog,
     roots: Sequence[Path],
     metrics: LiveMetrics | None = None,
+    jobs: JobService | None = None,
 ) -> FastAPI:
     """Put the admin app together.
 
@@ -232,6 +234,7 @@ def make_app(
         audit: where mutations are recorded.
         roots: folders that plans may lie in (``allowed_paths.default_roots``).
         metrics: those that the public port shows as well; None makes some for this app alone.
+        jobs: background jobs; None where there is no store.
     """
     app = FastAPI(
         title="Liveprune admin API",
@@ -240,8 +243,10 @@ def make_app(
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.admin = Admin(control, audit, AllowedPaths(roots), metrics or LiveMetrics(control))
-    for each in (router, admin_candidates.router):
+    app.state.admin = Admin(
+        control, audit, AllowedPaths(roots), metrics or LiveMetrics(control), jobs
+    )
+    for each in (router, admin_candidates.router, admin_jobs.router):
         app.include_router(
             each,
             prefix="/admin/v1",

@@ -22,8 +22,10 @@ from liveprune.pruning.errors import (
     IncompatibleEnvironmentError,
     LiveprunError,
     PlanError,
+    StoreError,
     VariantError,
 )
+from liveprune.server.store.jobs import UnknownJobError
 
 
 class UnknownVariantError(VariantError):
@@ -41,6 +43,7 @@ class UnknownOperationError(LiveprunError):
 STATUS: tuple[tuple[type[Exception], int], ...] = (
     (UnknownVariantError, 404),
     (UnknownOperationError, 404),
+    (UnknownJobError, 404),
     (TakenVariantError, 409),
     (ConflictError, 409),
     (VariantError, 422),
@@ -49,6 +52,7 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
     (DataError, 422),
     (ArchitectureError, 422),
     (EngineError, 503),
+    (StoreError, 503),
     (IncompatibleEnvironmentError, 501),
 )
 """The first class that fits decides; anything else is 500."""

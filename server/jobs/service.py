@@ -49,6 +49,9 @@ class JobService:
         """
         self._store, self._base, self._control = store, base, control
         self._paths, self._supervisor = paths, supervisor
+        self._starting = (
+            asyncio.Lock()
+        )  # of two with one key, or one tag, the second sees the first
         self._why_not_live, self._has_statistics = why_not_live, has_statistics
 
     async def start(self, request: JobRequest, *, key: str | None, who: str) -> Job:
@@ -58,6 +61,10 @@ class JobService:
             LiveprunError: see ``checks.check_request``.
             ConflictError: the key came with another request.
         """
+        async with self._starting:
+            return await self._started(request, key, who)
+
+    async def _started(self, request: JobRequest, key: str | None, who: str) -> Job:
         jobs = await self._jobs()
         if key is not None and (earlier := _earlier(jobs, key)) is not None:
             job, before = earlier
@@ -94,7 +101,7 @@ class JobService:
         self._supervisor.look()
         return job
 
-    async def list(self) -> list[Job]:
+    async def newest(self) -> list[Job]:
         """The newest first."""
         return await asyncio.to_thread(self._store.jobs.list)
 

@@ -1,4 +1,4 @@
-"""The task in the server that has jobs done: claims one at a time, starts its worker, watches it."""
+"""Has jobs done in the server: claims one at a time, starts its worker, watches it."""
 
 from __future__ import annotations
 
@@ -240,10 +240,8 @@ class Supervisor:
                 process.kill()
             await process.wait()
         self._running = None
-        try:
+        with contextlib.suppress(LeaseLostError):  # it gave the job back itself, or ended it
             await asyncio.to_thread(self._store.jobs.give_back, running.job.id, running.owner)
-        except LeaseLostError:
-            pass  # it gave the job back itself, or ended it
 
 
 async def spawn_worker(assignment: Assignment, log: Path) -> asyncio.subprocess.Process:
