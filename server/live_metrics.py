@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -26,8 +27,11 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
+from liveprune.pruning.errors import LiveprunError
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.job_metrics import job_metrics
 from liveprune.server.operations import Operation, State, Status
+from liveprune.server.store.jobs import Job
 
 REFRESH_SECONDS = 10.0
 STATUS_TIMEOUT = 10.0
@@ -88,8 +92,15 @@ class _Durations:
 class LiveMetrics:
     """A prometheus_client collector over the last snapshot."""
 
-    def __init__(self, control: ControlPlane) -> None:
+    def __init__(
+        self,
+        control: ControlPlane,
+        jobs: Callable[[], Awaitable[Sequence[Job]]] | None = None,
+    ) -> None:
+        """``jobs``: asks the store for them; None where there is none."""
         self._control = control
+        self._ask_jobs = jobs
+        self._jobs: Sequence[Job] = ()
         self._status: Status | None = None
         self._model: str | None = None
         self._swaps = {outcome: _Durations() for outcome in OUTCOMES}
@@ -107,6 +118,12 @@ class LiveMetrics:
             logger.warning("no metrics of the engine: %s: %s", type(error).__name__, error)
             self._status = None
         self._count(self._control.operations())
+        if self._ask_jobs is not None:
+            try:
+                self._jobs = await self._ask_jobs()
+            except LiveprunError as error:
+                logger.warning("no metrics of jobs: %s", error)
+                self._jobs = ()
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics as text, and its content type; ``accept`` is the request's header."""
@@ -115,7 +132,8 @@ class LiveMetrics:
 
     def describe(self) -> list[Metric]:
         """All families without samples: what a registry checks for names that clash."""
-        return [*_variant_metrics(None), *_engine_metrics(None), *self._operation_metrics(None)]
+        parts = (_variant_metrics(None), _engine_metrics(None), self._operation_metrics(None))
+        return [*itertools.chain(*parts), *job_metrics(None, ())]
 
     def collect(self) -> Iterator[Metric]:
         """All families with the samples of the last snapshot."""
@@ -123,6 +141,7 @@ class LiveMetrics:
         yield from _variant_metrics(status)
         yield from _engine_metrics(status)
         yield from self._operation_metrics(self._model)
+        yield from job_metrics(self._model, self._jobs)
 
     def _count(self, operations: Sequence[Operation]) -> None:
         """Count each operation once, when it has ended."""

@@ -1,0 +1,91 @@
+"""Background work of one server, put together: jobs, their supervisor, and the engine's gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from liveprune.pruning.errors import ConflictError, IncompatibleEnvironmentError
+from liveprune.server.allowed_paths import AllowedPaths
+from liveprune.server.background_gate import BackgroundGate
+from liveprune.server.candidates import LiveCandidates
+from liveprune.server.control_plane import ControlPlane
+from liveprune.server.jobs.service import JobService
+from liveprune.server.jobs.supervisor import Supervisor
+from liveprune.server.store.store import Store
+
+
+class LiveBackground:
+    """The serving engine as the supervisor sees it: candidates, and the gate before them."""
+
+    def __init__(self, candidates: LiveCandidates, gate: BackgroundGate) -> None:
+        self._candidates, self._gate = candidates, gate
+
+    async def allow(self, share: float) -> None:
+        self._gate.share = share
+        self._candidates.open()
+
+    async def forbid(self, reason: str) -> None:
+        await self._candidates.close(reason)
+
+    async def interrupt(self) -> None:
+        await self._candidates.interrupt()
+
+
+class NoLiveBackground:
+    """In rebuild mode: jobs have engines of their own."""
+
+    async def allow(self, share: float) -> None: ...
+
+    async def forbid(self, reason: str) -> None: ...
+
+    async def interrupt(self) -> None: ...
+
+
+class Background:
+    """From ``start`` to ``stop``."""
+
+    def __init__(
+        self,
+        store: Store,
+        base: Path,
+        control: ControlPlane,
+        roots: Sequence[Path],
+        *,
+        admin_url: str,
+        engine: LiveBackground | NoLiveBackground,
+        has_statistics: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Args:
+        store: of the model.
+        base: checkpoint folder of the base model.
+        control: the live variants.
+        roots: folders that rows may lie in.
+        admin_url: where a worker of this machine reaches the admin API.
+        engine: the serving one.
+        has_statistics: whether some live statistics are there.
+        """
+        self.supervisor = Supervisor(store, base, admin_url, engine)
+        self.jobs = JobService(
+            store,
+            base,
+            control,
+            AllowedPaths(roots),
+            self.supervisor,
+            why_not_live=lambda: _why_not_live(control),
+            has_statistics=has_statistics,
+        )
+
+    def keys(self, others: Callable[[], Sequence[bytes]]) -> Callable[[], Sequence[bytes]]:
+        """The admin keys of ``others``, and those of workers."""
+        return lambda: (*others(), *self.supervisor.keys)
+
+
+def _why_not_live(control: ControlPlane) -> str:
+    try:
+        control.candidates.check()
+    except IncompatibleEnvironmentError as error:
+        return str(error)
+    except ConflictError:  # its variants are being restored: soon
+        return ""
+    return ""
