@@ -17,16 +17,15 @@ from typing import Any, Protocol
 from liveprune.pruning.errors import LiveprunError
 from liveprune.server.admin_key import KEY_VARIABLE, key_digest
 from liveprune.server.jobs.assignment import Assignment, job_folder
+from liveprune.server.jobs.attempts import STALLS, begun, hopeless, settled
 from liveprune.server.jobs.request import StoredRequest
-from liveprune.server.jobs.worker import GRACE, STALLED
+from liveprune.server.jobs.worker import GRACE
 from liveprune.server.store.jobs import Job, JobState, LeaseLostError
 from liveprune.server.store.store import Store
 
 LEASE = 15.0
 """Seconds after which a job whose worker is silent is anybody's."""
 POLL = 1.0
-STALLS = 5
-"""Attempts in a row that died without a new evaluation: then the job is given up."""
 BACKOFF = (1.0, 60.0)
 """Seconds before a job is tried again after its worker died, doubled each time up to the second."""
 SWITCH = "background"
@@ -162,9 +161,11 @@ class Supervisor:
             return
         try:
             stored = StoredRequest.model_validate(job.request)
-            if job.cost.get(STALLED, 0) >= STALLS:
+            cost = begun(job.cost)
+            if hopeless(cost):
                 await asyncio.to_thread(self._give_up, job, owner)
                 return
+            await asyncio.to_thread(jobs.beat, job.id, owner, self._lease, cost=cost)
             await self._engine.allow(stored.request.share)
             key = secrets.token_urlsafe(32)
             process = await self._start(job, owner, key)
@@ -198,7 +199,7 @@ class Supervisor:
 
     def _give_up(self, job: Job, owner: str) -> None:
         jobs = self._store.jobs
-        jobs.beat(job.id, owner, self._lease, cost={**job.cost, STALLED: 0})  # for a resume
+        jobs.beat(job.id, owner, self._lease, cost=settled(job.cost))  # for a resume
         error = f"given up: {STALLS} workers in a row died without a new evaluation; see its log"
         jobs.finish(job.id, owner, JobState.FAILED, error=error)
 
@@ -241,7 +242,14 @@ class Supervisor:
             await process.wait()
         self._running = None
         with contextlib.suppress(LeaseLostError):  # it gave the job back itself, or ended it
-            await asyncio.to_thread(self._store.jobs.give_back, running.job.id, running.owner)
+            await asyncio.to_thread(self._give_back, running)
+
+    def _give_back(self, running: _Running) -> None:
+        """After an end in order, which is no failed attempt."""
+        jobs, job = self._store.jobs, running.job
+        cost = settled(jobs.get(job.id).cost)
+        jobs.beat(job.id, running.owner, self._lease, cost=cost)
+        jobs.give_back(job.id, running.owner)
 
 
 async def spawn_worker(assignment: Assignment, log: Path) -> asyncio.subprocess.Process:

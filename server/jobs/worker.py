@@ -18,6 +18,7 @@ from liveprune.pruning.errors import EngineError, LiveprunError
 from liveprune.pruning.search.evaluator import SearchCancelledError
 from liveprune.server.admin_client import AdminClient
 from liveprune.server.jobs.assignment import Assignment
+from liveprune.server.jobs.attempts import settled
 from liveprune.server.jobs.heart import Heart
 from liveprune.server.jobs.metered_engine import Meter
 from liveprune.server.jobs.publish import publish
@@ -32,9 +33,6 @@ GRACE = 10.0
 """Seconds that the work has to come to a safe point once it is told to stop."""
 LOST, ALONE = 3, 4
 """Exit statuses: the job is another's; the server is gone."""
-AT_START, STALLED = "evaluations_at_start", "stalled"
-"""In a job's cost: evaluations before this attempt; attempts in a row that ended without a new one,
-or a word."""
 
 logger = logging.getLogger("liveprune.jobs")
 
@@ -101,8 +99,7 @@ class Worker:
     def _work(self) -> dict[str, Any]:
         job, assignment = self._job, self._assignment
         stored = StoredRequest.model_validate(job.request)
-        meter = Meter(begun(job), lambda cost: self._heart.tell(cost=cost))
-        self._heart.tell(cost=meter.cost)
+        meter = Meter(job.cost, lambda cost: self._heart.tell(cost=cost))
         with self._client() as client:
             work = Work(
                 stored, assignment, self._heart, meter, lambda: client.fetch("statistics/file")
@@ -135,7 +132,7 @@ class Worker:
             jobs.finish(job.id, owner, JobState.CANCELLED)
         else:
             logger.info("stopped; it goes on later")
-            cost = {**jobs.get(job.id).cost, STALLED: 0}
+            cost = settled(jobs.get(job.id).cost)
             jobs.beat(job.id, owner, self._assignment.lease, cost=cost)
             jobs.give_back(job.id, owner)
 
@@ -150,14 +147,6 @@ class Worker:
             self._stopped()
         finally:
             os._exit(0)
-
-
-def begun(job: Job) -> dict[str, Any]:
-    """The cost so far, with what tells an attempt that got somewhere from one that did not."""
-    cost = dict(job.cost)
-    done = cost.get("evaluations", 0)
-    again = AT_START in cost and cost[AT_START] == done
-    return {**cost, AT_START: done, STALLED: cost.get(STALLED, 0) + 1 if again else 0}
 
 
 def _end_with_server() -> None:
