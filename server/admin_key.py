@@ -22,6 +22,7 @@ from liveprune.pruning.files import sync_folder
 
 KEY_VARIABLE = "LIVEPRUNE_ADMIN_KEY"
 STATE_VARIABLE = "LIVEPRUNE_STATE_DIR"
+STORE_VARIABLE = "LIVEPRUNE_STORE"
 KEY_FILE = "admin.key"
 
 logger = logging.getLogger("liveprune.admin")

@@ -1,8 +1,8 @@
 """The audit log: who asked for which change, and what became of it.
 
-Two JSON lines per change, joined by ``id``: ``asked`` is on disk before anything happens, so a
-change that cannot be recorded is refused; ``answered`` follows with the outcome. An ``asked``
-without its ``answered`` was interrupted.
+Two rows of the store per change, joined by its id: ``asked`` is written before anything happens, so
+a change that cannot be recorded is refused; ``answered`` follows with the outcome. An ``asked``
+without its ``answered`` was interrupted. Each row is also a line of JSON in the server's own log.
 """
 
 from __future__ import annotations
@@ -10,18 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import threading
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from liveprune.pruning.errors import EngineError
-
-AUDIT_FILE = "audit.log"
+from liveprune.pruning.errors import EngineError, StoreError
+from liveprune.server.store.store import Store
 
 logger = logging.getLogger("liveprune.audit")
 
@@ -42,18 +37,10 @@ class Change:
 
 
 class AuditLog:
-    """Appends to one file, mode 0600; every line is on disk before the call returns."""
+    """Writes to the store; every row is on disk before the call returns."""
 
-    def __init__(self, path: Path) -> None:
-        """Make the folder and the file.
-
-        Raises:
-            OSError: it cannot be written to.
-        """
-        self.path = path
-        self._lock = threading.Lock()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(self._open())
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     async def asked(self, change: Change) -> None:
         """Record a change that is about to happen.
@@ -61,51 +48,35 @@ class AuditLog:
         Raises:
             EngineError: it could not be recorded, so it must not happen.
         """
+        content = {key: x for key, x in asdict(change).items() if key != "id"}
         try:
-            await self._record({"event": "asked", **asdict(change)})
-        except OSError as error:
+            await self._record(change, "asked", content)
+        except StoreError as error:
             raise EngineError(
-                f"nothing was changed: the audit log {self.path} cannot be written: {error}"
+                f"nothing was changed: the audit log cannot be written: {error}"
             ) from error
 
     async def answered(
         self, change: Change, status: int, *, operation: str | None = None, error: str | None = None
     ) -> None:
         """Record the outcome; it is too late to refuse, so a failure goes to the log alone."""
+        content = {"status": status, "operation": operation, "error": error}
         try:
-            await self._record(
-                {
-                    "event": "answered",
-                    "id": change.id,
-                    "status": status,
-                    "operation": operation,
-                    "error": error,
-                }
-            )
-        except OSError:
-            logger.exception("the audit log %s lacks the outcome of %s", self.path, change.id)
+            await self._record(change, "answered", content)
+        except StoreError:
+            logger.exception("the audit log lacks the outcome of %s", change.id)
 
-    async def _record(self, entry: Mapping[str, Any]) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, **entry})
-        logger.info("%s", line)
+    def entries(self, limit: int = 1000) -> list[dict[str, Any]]:
+        """The newest first: ``event``, ``id`` of the change, ``time`` in seconds since 1970, and
+        what was recorded.
+        """
+        return [
+            {"event": x["event"], "id": x["change"], "time": x["time"], **x["content"]}
+            for x in self._store.audit.list(limit=limit)
+        ]
+
+    async def _record(self, change: Change, event: str, content: Mapping[str, Any]) -> None:
+        logger.info("%s", json.dumps({"event": event, "id": change.id, **content}))
         # In a thread: a slow disk must not hold up the tokens that this process streams.
-        await asyncio.to_thread(self._append, f"{line}\n".encode())
-
-    def _append(self, line: bytes) -> None:
-        with self._lock:
-            handle = self._open()
-            try:
-                size = os.fstat(handle).st_size
-                written = os.write(handle, line)
-                if written < len(line):
-                    os.ftruncate(handle, size)  # half a line would spoil the next one
-                    raise OSError(f"{written} of {len(line)} bytes written")
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-    def _open(self) -> int:
-        # At every line, so that the file can be moved away (log rotation).
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(self.path, flags, 0o600)
+        store = self._store
+        await asyncio.to_thread(store.audit.add, change.id, event, content, store.replica)

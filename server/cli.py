@@ -14,10 +14,11 @@ from rich.table import Table
 
 from liveprune.pruning.errors import LiveprunError, VariantError
 from liveprune.server import cli_live
-from liveprune.server.admin_key import STATE_VARIABLE
+from liveprune.server.admin_key import STATE_VARIABLE, STORE_VARIABLE
 from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
 from liveprune.server.cli_pareto import pareto
 from liveprune.server.cli_prune import prune
+from liveprune.server.cli_store import store_app
 
 app = typer.Typer(
     help="Prune a sparse mixture-of-experts model and serve it on vLLM.",
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(prune)
 app.command()(pareto)
 cli_live.register(app)
+app.add_typer(store_app, name="store")
 console = Console()
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -94,7 +96,27 @@ def serve(
     ] = 16,
     state_dir: Annotated[
         Path | None,
-        typer.Option(envvar=STATE_VARIABLE, help="Variants, admin key and audit log."),
+        typer.Option(envvar=STATE_VARIABLE, help="Variants, jobs, audit log and admin key."),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=STORE_VARIABLE,
+            help="PostgreSQL that replicas share; default: SQLite in the state folder.",
+        ),
+    ] = None,
+    store_files: Annotated[
+        Path | None, typer.Option(help="Folder that replicas share; default: the state folder.")
+    ] = None,
+    store_quota: Annotated[
+        str, typer.Option(metavar="BYTES", help="Bound of those files.")
+    ] = "10GiB",
+    keep_jobs: Annotated[
+        int, typer.Option(min=0, help="Ended jobs that keep their journals and logs.")
+    ] = 50,
+    replica: Annotated[
+        str | None, typer.Option(help="Name of this server among them; default: the host's.")
     ] = None,
     plan_root: Annotated[
         list[Path] | None,
@@ -133,6 +155,11 @@ def serve(
         admin_host=admin_host,
         admin_port=admin_port,
         admin_key_file=admin_key_file,
+        store=store,
+        store_files=store_files,
+        store_quota=parse_bytes("--store-quota", store_quota),
+        keep_jobs=keep_jobs,
+        replica=replica,
     )
     if options.insists and not live:
         raise VariantError("--no-live: found together with --variant or --resident, expected one")

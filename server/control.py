@@ -7,26 +7,30 @@ time. See ``server.swap`` for what an operation goes through.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from liveprune.patches.live_types import BASE_SLOT
-from liveprune.pruning.errors import ConflictError, EngineError, VariantError
+from liveprune.pruning.errors import ConflictError, EngineError, StoreError, VariantError
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.server.candidates import LiveCandidates
 from liveprune.server.change import Change
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries
 from liveprune.server.memory_budget import room_for_rows, total_bytes
+from liveprune.server.operation_records import OperationRecords
 from liveprune.server.operation_runner import Asked, OperationRunner
 from liveprune.server.operations import Operation, State, Status, VariantView
 from liveprune.server.registry import Registry
-from liveprune.server.restore import read_variants, restore
+from liveprune.server.restore import look_again, read_variants, restore
 from liveprune.server.state_folder import StateFolder
 from liveprune.server.swap import LIMITS, Swapper, bring, take_out, tidy_up
 from liveprune.server.swap_steps import Steps
 from liveprune.server.variant import FULL, check_tag, read_variant
+
+logger = logging.getLogger("liveprune")
 
 
 class Control:
@@ -68,7 +72,8 @@ class Control:
         self._registry = Registry(model_name, aliases, self._spec, engine.slots)
         self._steps = Steps(engine, self._registry, folder, canaries, poll=poll, grace=grace)
         swapper = Swapper(self._steps, limits)
-        self._runner = OperationRunner(swapper)
+        self._records = OperationRecords(folder.store)
+        self._runner = OperationRunner(swapper, self._records)
         self._candidates = LiveCandidates(self._steps, swapper, self._runner)
         self._fingerprint = fingerprint
         self._asked_target = memory_target
@@ -154,14 +159,17 @@ class Control:
     async def stop(self, seconds: float = 30.0) -> None:
         """Interrupt what is under way, give its undoing some seconds, close the folder."""
         await self._runner.stop(seconds)
+        await self._records.written()
         self._folder.close()
 
     async def variants(self) -> list[VariantView]:
         """Every variant there is, by name."""
+        await self._look_again()
         return list(self._registry.views((await self._engine.memory()).slots))
 
     async def status(self) -> Status:
         """What serves, what is under way, and the memory that it takes."""
+        await self._look_again()
         registry = self._registry
         memory, kv = await self._engine.memory(), await self._engine.kv()
         previous = registry.previous
@@ -303,11 +311,20 @@ class Control:
         if (earlier := self._runner.earlier(key, asked)) is not None:
             return earlier
         self._check_started()
+        await self._look_again()
         await self._runner.make_way()
         if (earlier := self._runner.earlier(key, asked)) is not None:  # begun meanwhile
             return earlier
         self._runner.check_free()
         return None
+
+    async def _look_again(self) -> None:
+        """Know what others have published; a database that fails changes nothing."""
+        if self._started:
+            try:
+                await look_again(self._folder, self._registry, self._runner)
+            except StoreError as error:
+                logger.warning("variants of other replicas and jobs are not seen: %s", error)
 
     def _check_started(self) -> None:
         if not self._started:

@@ -19,12 +19,13 @@ from liveprune.server import admin_server, live_metrics, public_health
 from liveprune.server.admin_api import make_app
 from liveprune.server.admin_key import server_keys
 from liveprune.server.allowed_paths import default_roots
-from liveprune.server.audit import AUDIT_FILE, AuditLog
+from liveprune.server.audit import AuditLog
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
 from liveprune.server.live_options import LiveOptions, remember_resident
 from liveprune.server.memory_budget import total_bytes
+from liveprune.server.operation_records import OperationRecords
 from liveprune.server.rebuild import RebuildControl
 from liveprune.server.rebuild_restart import restarting
 from liveprune.server.rebuild_state import RebuildFolder
@@ -63,7 +64,8 @@ class LiveServer:
         self._base, self._folder, self._options, self._resident = base, folder, options, resident
         self._prompts = _own_prompts(options.canary_prompts, base)
         self._rebuild = RebuildFolder(folder.path, base)
-        self._audit = AuditLog(options.state / AUDIT_FILE)
+        self._audit = AuditLog(folder.store)
+        self._records = OperationRecords(folder.store)
         self._keys = server_keys(options.admin_key_file, options.state, public=public_keys)
         self._listener = admin_server.bind(options.admin_host, options.admin_port)
 
@@ -73,6 +75,7 @@ class LiveServer:
             control: Control | RebuildControl
             if front.engine is None:
                 control = self._rebuild_control(front)
+                stack.push_async_callback(self._records.written)
                 await control.start()
             else:
                 control = await self._control(front.engine, front.names)
@@ -115,6 +118,7 @@ class LiveServer:
             front.names[0],
             reason=reason,
             answers=partial(public_health.answers, front.address),
+            on_end=self._records,
         )
 
     async def _control(self, engine: VLLMLiveEngine, names: list[str]) -> Control:

@@ -18,6 +18,7 @@ from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_guards import check_plan
 from liveprune.server.state_folder import SavedState, StateFolder
+from liveprune.server.store.store import KEEP_JOBS
 from liveprune.server.variant import FULL, check_tag
 
 RESIDENT_FILE = "resident"
@@ -45,6 +46,16 @@ class LiveOptions:
     admin_host: str = "127.0.0.1"
     admin_port: int = 8001
     admin_key_file: Path | None = None
+    store: str | None = None
+    """URL of the database; None: SQLite in the state folder."""
+    store_files: Path | None = None
+    """Folder of plans and jobs; None: the state folder. Replicas share it."""
+    store_quota: int = 10 * 2**30
+    """Bytes of those files; 0: no bound."""
+    keep_jobs: int = KEEP_JOBS
+    """Ended jobs that keep their folders."""
+    replica: str | None = None
+    """Name of this server among those that share the database; None: the host's."""
 
     @property
     def insists(self) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from liveprune.pruning.errors import ConflictError, VariantError
@@ -28,8 +28,12 @@ Asked = tuple[object, ...]
 class OperationRunner:
     """Accepts changes, runs them, remembers their operations."""
 
-    def __init__(self, swapper: Swapper) -> None:
+    def __init__(
+        self, swapper: Swapper, on_end: Callable[[Operation], None] = lambda _: None
+    ) -> None:
+        """``on_end`` is told of each operation that has ended; evaluations are none."""
         self._swapper = swapper
+        self._on_end = on_end
         self._operations: dict[str, Operation] = {}
         self._keys: dict[str, tuple[Asked, Operation]] = {}
         self._current: tuple[Change, asyncio.Task[Any]] | None = None
@@ -42,6 +46,11 @@ class OperationRunner:
     def current(self) -> Operation | None:
         """The operation under way."""
         return self._current[0].operation if self._current else None
+
+    @property
+    def busy(self) -> bool:
+        """An operation is under way."""
+        return self._current is not None
 
     def earlier(self, key: str | None, asked: Asked) -> Operation | None:
         """The operation that an idempotency key began; None if it is new.
@@ -189,6 +198,7 @@ class OperationRunner:
             text = f"{operation.kind} {operation.variant}: {operation.state} {notes}".rstrip()
             logger.info("%s (%s)", text, operation.id)
         self._current = None
+        self._on_end(operation)
         for old in list(self._operations)[:-KEPT]:
             del self._operations[old]
         self._keys = {k: v for k, v in self._keys.items() if v[1].id in self._operations}

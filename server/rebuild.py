@@ -63,6 +63,7 @@ class RebuildControl:
         reason: str,
         answers: Callable[[], Awaitable[bool]],
         stop_server: Callable[[], None] = stop_this_server,
+        on_end: Callable[[Operation], None] = lambda _: None,
         poll: float = 0.25,
     ) -> None:
         """Nothing happens before ``start``; all of it in the event loop that calls that.
@@ -73,6 +74,7 @@ class RebuildControl:
             reason: why there can be no live variants, e.g. ``quantised weights (fp8)``.
             answers: asks the public API whether it answers.
             stop_server: begins to stop it, and returns.
+            on_end: is told of each operation that has ended.
             poll: seconds between questions to the public API.
 
         Raises:
@@ -86,7 +88,7 @@ class RebuildControl:
         self._poll = poll
         self._spec = ModelSpec.from_path(folder.base)
         self._full = Built("", *Variant(FULL, None).counts(self._spec), bytes=0)
-        self._operations = RebuildOperations()
+        self._operations = RebuildOperations(on_end)
         self._checkpoints = RebuiltCheckpoints(folder, self._spec)
         self._served: Inspection | None = None
         self._waiting: asyncio.Task[None] | None = None

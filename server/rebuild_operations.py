@@ -25,7 +25,8 @@ logger = logging.getLogger("liveprune.rebuild")
 class RebuildOperations:
     """Accepts operations, runs them, remembers them."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[Operation], None]) -> None:
+        self._on_end = on_end
         self._operations: dict[str, Operation] = {}
         self._keys: dict[str, tuple[Asked, str]] = {}
         """What was asked for with an idempotency key, and the id of the operation."""
@@ -49,6 +50,7 @@ class RebuildOperations:
         """End the operation that was taken over, if one was, as ``outcome`` says."""
         if self._current is not None and outcome is not None:
             self._operations[outcome.id] = outcome
+            self._on_end(outcome)
         self._current = None
 
     def earlier(self, key: str | None, asked: Asked) -> Operation | None:
@@ -150,3 +152,4 @@ class RebuildOperations:
         self.enter(operation, end)
         operation.finished = time.time()
         self._current = None
+        self._on_end(operation)

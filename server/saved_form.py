@@ -33,19 +33,34 @@ def read_form(
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    return parse_form(str(path), form, version, base, parse)
+
+
+def parse_form(
+    where: str,
+    form: Any,
+    version: int,
+    base: Mapping[str, str],
+    parse: Callable[[dict[str, Any]], Parsed],
+) -> Parsed:
+    """Parse what ``read_form`` reads, from wherever it is; ``where`` begins the errors.
+
+    Raises:
+        CheckpointError: another version or base model, or damaged.
+    """
     found = form.pop("version", None) if isinstance(form, dict) else None
     if found != version:
-        raise CheckpointError(f"{path}: version is {found!r}; this release reads {version}")
+        raise CheckpointError(f"{where}: version is {found!r}; this release reads {version}")
     if (model := form.pop("base", None)) != base:
         raise CheckpointError(
-            f"{path}: holds the variants of the base model {model}, expected {base}; choose "
+            f"{where}: holds the variants of the base model {model}, expected {base}; choose "
             "another state folder, or empty this one to start afresh"
         )
     try:
         return parse(form)
     except (AttributeError, KeyError, TypeError, ValueError, VariantError) as error:
         raise CheckpointError(
-            f"{path}: damaged: {type(error).__name__}: {error}; restore it from a backup, or "
+            f"{where}: damaged: {type(error).__name__}: {error}; restore it from a backup, or "
             "delete it and add the variants again"
         ) from error
 

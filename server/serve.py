@@ -13,6 +13,7 @@ from typing import Any
 
 from liveprune.patches.entry import Front, run_vllm_server
 from liveprune.patches.live_config import LiveConfig
+from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.checkpoint.verify import verify_checkpoint
 from liveprune.pruning.errors import (
     ArchitectureError,
@@ -119,11 +120,20 @@ def prepare_live(
             raise IncompatibleEnvironmentError(f"live variants cannot work with {door}")
         return None
     plans = read_variants(options.variants, spec)
-    folder = StateFolder(model_state(options.state, base), base)
+    folder = StateFolder(
+        model_state(options.state, base),
+        base,
+        model=fingerprint_model(base),
+        store_url=options.store,
+        files=options.store_files,
+        replica=options.replica,
+        quota=options.store_quota,
+        keep_jobs=options.keep_jobs,
+    )
     try:
         resident = note_variants(folder, plans, options.resident)
         digest = folder.state.variants.get(resident) if resident is not None else None
-        plan = None if digest is None else folder.plan_path(digest)
+        plan = None if digest is None else folder.store.plans.path(digest)
         config = make_config(base, spec, options, plan)
         return LiveServer(base, folder, options, resident, _known(flags).api_key), config
     except BaseException:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from liveprune.patches.live_types import Served
-from liveprune.pruning.errors import EngineError, LiveprunError
+from liveprune.pruning.errors import EngineError, LiveprunError, StoreError
 from liveprune.server.change import Change
 from liveprune.server.operations import Operation, State
 from liveprune.server.registry import Phase, Registry
@@ -130,7 +130,7 @@ class Swapper:
             end = State.DONE
         try:
             await uninterrupted(self._steps.tidy(change))
-        except OSError as error:
+        except (OSError, StoreError) as error:
             operation.notes.append(f"files of a plan that is not needed stay: {error}")
         self._enter(operation, end)
         operation.finished = time.time()

@@ -13,14 +13,14 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from liveprune.patches.live_types import KVStatus
-from liveprune.pruning.errors import EngineError
+from liveprune.pruning.errors import EngineError, StoreError
 from liveprune.pruning.plan_io import save_plan
 from liveprune.server.change import Change
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, compare, flaw, read_golden, write_golden
 from liveprune.server.memory_budget import kv_blocks, room_for_rows, row_bytes, rows_to_fill
 from liveprune.server.registry import Phase, Publication, Registry
-from liveprune.server.state_folder import STATE_FILE, SavedState, StateFolder
+from liveprune.server.state_folder import SavedState, StateFolder
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Steps:
         self.memory_target = 0
         """Bytes; set when the engine is up."""
         self.restoring = False
-        """Leave state.json alone: it says what is to be restored."""
+        """Leave the saved state alone: it says what is to be restored."""
         self.golden_mismatches = 0
         self._poll = poll
         self._grace = grace
@@ -82,7 +82,7 @@ class Steps:
     async def fill(self, change: Change) -> None:
         """Have the missing rows read, merged and verified."""
         slot, digest = change.coming.served.slot, change.variant.digest
-        where = self.folder.candidate_path if change.candidate else self.folder.plan_path
+        where = self.folder.candidate_path if change.candidate else self.folder.store.plans.path
         plan = None if digest is None else where(digest)
         await self._settled(self.engine.prepare(slot, plan))
         while True:
@@ -123,7 +123,7 @@ class Steps:
         change.mismatch = await self.golden_difference(change.coming, change.operation.notes)
 
     async def switch(self, change: Change) -> None:
-        """Move the names: state.json first, then, in one go, what requests see."""
+        """Move the names: the saved state first, then, in one go, what requests see."""
 
         async def commit() -> None:
             new, now = change.coming, self.registry.saved()
@@ -140,11 +140,11 @@ class Steps:
         await self._settled(commit())
 
     async def save_again(self, change: Change) -> None:
-        """Write state.json as things are, in case a failed step wrote it before it failed."""
+        """Save the state as things are, in case a failed step wrote it before it failed."""
         try:
             await self._settled(self._save(self.registry.saved()))
-        except OSError as error:
-            change.operation.notes.append(f"{STATE_FILE} could not be written again: {error}")
+        except StoreError as error:
+            change.operation.notes.append(f"the state could not be saved again: {error}")
 
     async def drain(self, change: Change) -> None:
         """Wait until nothing uses the old variant, and take it out of the engine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -63,6 +64,16 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         raise StoreError(f"store {_shown(engine)}: {reason[0] if reason else error!r}") from error
 
 
+def exclusive(connection: Connection, model: str) -> None:
+    """Wait for others that change the same model's shared rows; until the transaction's end.
+
+    For what reads first and then writes what it found missing. SQLite has one writer anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        key = int.from_bytes(hashlib.blake2b(model.encode(), digest_size=8).digest(), signed=True)
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
 def now(connection: Connection) -> float:
     """Seconds since 1970: PostgreSQL's own clock, on which its clients on all machines agree."""
     if connection.dialect.name == "sqlite":
@@ -117,7 +128,10 @@ def _engine(url: URL) -> Engine:
 
 def _to_json(value: object) -> str:
     # PostgreSQL has no NaN in JSON, and no other reader expects one.
-    return json.dumps(value, allow_nan=False)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise StoreError(f"store: not to be written as JSON: {error}") from error
 
 
 def _make_private(path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from liveprune.pruning.errors import PlanError
+from liveprune.pruning.files import write_atomic
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_io import load_plan, save_plan
 
@@ -32,7 +33,7 @@ class PlanFiles:
             OSError: the disk is full, or the folder cannot be written to.
         """
         save_plan(plan, self.path(plan.digest))
-        return sum(file.stat().st_size for file in self._files(plan.digest) if file.exists())
+        return sum(file.stat().st_size for file in self.parts(plan.digest))
 
     def load(self, digest: str) -> Plan:
         """Read a plan.
@@ -51,9 +52,22 @@ class PlanFiles:
         for file in self._files(digest):
             file.unlink(missing_ok=True)
 
-    def digests(self) -> Iterator[str]:
-        """Of all plans that are complete, and of matrices that a crash left without one."""
-        yield from sorted({file.stem for file in self.folder.iterdir() if file.name[0] != "."})
+    def parts(self, digest: str) -> list[Path]:
+        """The files of a plan."""
+        path, matrices = self._files(digest)
+        return [path, matrices] if matrices.exists() else [path]
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file of a plan as it was elsewhere."""
+        write_atomic(self.folder / name, content)
+
+    def leftovers(self, counted: Collection[str]) -> list[Path]:
+        """Files of plans that are not ``counted``, and those that a crash left half written."""
+        return sorted(
+            file
+            for file in self.folder.iterdir()
+            if file.name.startswith(".") or file.stem not in counted
+        )
 
     def _files(self, digest: str) -> tuple[Path, Path]:
         path = self.path(digest)

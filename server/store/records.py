@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from liveprune.server.store import schema
-from liveprune.server.store.database import now, transaction
+from liveprune.server.store.database import exclusive, now, transaction
 
 Json = dict[str, Any]
 
@@ -101,6 +101,7 @@ class Settings:
         table = schema.settings
         mine = (table.c.model == self._model, table.c.key == key)
         with transaction(self._engine) as connection:
+            exclusive(connection, self._model)
             values = {"value": value, "updated": now(connection)}
             if not connection.execute(table.update().where(*mine).values(values)).rowcount:
                 connection.execute(table.insert().values(model=self._model, key=key, **values))

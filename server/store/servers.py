@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from liveprune.pruning.errors import ConflictError
 from liveprune.server.store import schema
-from liveprune.server.store.database import now, transaction
+from liveprune.server.store.database import exclusive, now, transaction
 from liveprune.server.store.variants import Variants
 
 _TABLE = schema.servers
@@ -27,6 +27,12 @@ class Servers:
         """This replica's state; None before the first ``save``."""
         with transaction(self._engine) as connection:
             return self._states(connection).get(self.replica)
+
+    def of_other_models(self) -> list[Mapping[str, Any]]:
+        """States of replicas of other models in this database."""
+        query = sa.select(_TABLE.c.state).where(_TABLE.c.model != self._model)
+        with transaction(self._engine) as connection:
+            return [row.state for row in connection.execute(query)]
 
     def all(self) -> Mapping[str, Mapping[str, Any]]:
         """By replica."""
@@ -53,6 +59,7 @@ class Servers:
             ConflictError: a variant is to be forgotten that another replica serves.
         """
         with transaction(self._engine) as connection:
+            exclusive(connection, self._model)
             states = self._states(connection)
             for tag in before.keys() - variants.keys():
                 holders = [

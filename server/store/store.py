@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from liveprune.server.store.database import open_database
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from liveprune.server.store.database import open_database, transaction
 from liveprune.server.store.jobs import Jobs
 from liveprune.server.store.plan_files import PlanFiles
+from liveprune.server.store.quota import check_room, drop_old_jobs
 from liveprune.server.store.records import AuditRows, Evaluations, Settings, Swaps
 from liveprune.server.store.servers import Servers
 from liveprune.server.store.variants import Variants
 
 DATABASE = "store.db"
 """In the files' folder, where no other URL is given."""
+KEEP_JOBS = 50
+"""Ended jobs that keep their folders, where nothing else is said."""
+ALL_JOBS = 100_000
+"""More than there are."""
 
 
 class Store:
@@ -28,7 +38,14 @@ class Store:
     """
 
     def __init__(
-        self, files: Path, model: str, *, url: str | None = None, replica: str | None = None
+        self,
+        files: Path,
+        model: str,
+        *,
+        url: str | None = None,
+        replica: str | None = None,
+        quota: int = 0,
+        keep_jobs: int = KEEP_JOBS,
     ) -> None:
         """Open the database, and bring it up to this release.
 
@@ -38,6 +55,8 @@ class Store:
             model: fingerprint of the base model.
             url: of the database; None: SQLite in ``files``.
             replica: name of this server among those of the model; None: the host's.
+            quota: bytes that files may take; 0: no bound.
+            keep_jobs: ended jobs whose folders ``drop_old_jobs`` leaves.
 
         Raises:
             StoreError: the database is not usable.
@@ -45,6 +64,7 @@ class Store:
         """
         files.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.files, self.model = files, model
+        self._quota, self._keep_jobs = quota, keep_jobs
         self.url = url or f"sqlite:///{files.resolve() / DATABASE}"
         self._engine = open_database(self.url)
         engine = self._engine
@@ -57,6 +77,42 @@ class Store:
         self.swaps = Swaps(engine, model)
         self.audit = AuditRows(engine, model)
         self.settings = Settings(engine, model)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A look at all tables at one moment."""
+        with transaction(self._engine) as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+            yield connection
+
+    def writing(self) -> AbstractContextManager[Connection]:
+        """All of it or nothing is written."""
+        return transaction(self._engine)
+
+    def integrity(self) -> list[str]:
+        """What the database itself finds wrong with its files (SQLite only)."""
+        with transaction(self._engine) as connection:
+            if connection.dialect.name != "sqlite":
+                return []
+            found = connection.exec_driver_sql("PRAGMA integrity_check").scalars()
+            return [problem for problem in found if problem != "ok"]
+
+    def check_room(self) -> None:
+        """Refuse to write more files where the quota is used up.
+
+        Raises:
+            StoreError: it is.
+        """
+        check_room(self.files, self._quota)
+
+    def drop_old_jobs(self) -> list[str]:
+        """Delete the folders of jobs that ended long ago; see ``quota.drop_old_jobs``.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        return drop_old_jobs(self.files, self.jobs.list(limit=ALL_JOBS), self._keep_jobs)
 
     def close(self) -> None:
         """Close all connections."""

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from liveprune.pruning.errors import ConflictError
 from liveprune.server.store import schema
-from liveprune.server.store.database import now, transaction
+from liveprune.server.store.database import exclusive, now, transaction
 
 _TABLE = schema.variants
 
@@ -53,6 +53,7 @@ class Variants:
             ConflictError: the tag names another plan.
         """
         with transaction(self._engine) as connection:
+            exclusive(connection, self._model)
             found = self.read(connection).get(tag)
             if found is not None and found.digest != digest:
                 raise ConflictError(
@@ -111,6 +112,7 @@ class Variants:
         """No longer count on a plan's files; False if a variant still has it."""
         table = schema.plans
         with transaction(self._engine) as connection:
+            exclusive(connection, self._model)
             if any(variant.digest == digest for variant in self.read(connection).values()):
                 return False
             mine = (table.c.model == self._model, table.c.digest == digest)

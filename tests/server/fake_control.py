@@ -27,6 +27,7 @@ from liveprune.server.admin_key import key_digest
 from liveprune.server.admin_server import AdminServer, start
 from liveprune.server.audit import AuditLog
 from liveprune.server.operations import Operation, State, Status, VariantView
+from liveprune.server.store.store import Store
 
 MODEL = "tiny"
 KEY = "the-right-key"
@@ -192,8 +193,13 @@ def _key(plan: Plan | None) -> str | None:
 def admin_app(control: FakeControl, folder: Path, *keys: str) -> FastAPI:
     """The admin app with its files in ``folder``, which is also the only allowed root."""
     digests = tuple(key_digest(key) for key in keys or (KEY,))
-    audit = AuditLog(folder / "audit.log")
+    audit = AuditLog(Store(folder, "m"))
     return make_app(control, keys=lambda: digests, audit=audit, roots=[folder])
+
+
+def audited(folder: Path) -> list[dict[str, Any]]:
+    """The audit log of ``admin_app``, the oldest first."""
+    return AuditLog(Store(folder, "m")).entries()[::-1]
 
 
 def ask(app: FastAPI, method: str, path: str, **arguments: Any) -> httpx.Response:

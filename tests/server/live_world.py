@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from liveprune.pruning import files
+from liveprune.pruning.errors import StoreError
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_io import save_plan
 from liveprune.server.control import Control
 from liveprune.server.golden import Canaries
 from liveprune.server.operations import Operation, State
 from liveprune.server.state_folder import SavedState, StateFolder
+from liveprune.server.store.servers import Servers
+from liveprune.server.store.store import DATABASE
 from tests.server.fake_engine import FakeEngine, fake_base, fake_plan
 
 CANARIES = Canaries(((5, 6, 7), (9, 8)), "fake", tokens=4)
@@ -37,11 +44,12 @@ class World:
         limits: Mapping[State, float] | None = None,
         memory_target: int | None = None,
         grace: float = 1.0,
+        store: Mapping[str, Any] | None = None,
         **engine_options: Any,
     ) -> None:
         self.base = fake_base(folder / "base")
         self.engine = engine or FakeEngine(self.base, **engine_options)
-        self.folder = StateFolder(folder / "state", self.base)
+        self.folder = StateFolder(folder / "state", self.base, **(store or {}))
         self.control = Control(
             "m",
             ["alias"],
@@ -96,7 +104,7 @@ class World:
         }
 
     def files(self) -> dict[str, Any]:
-        """state.json as a new server would read it, its count of epochs aside; the plans' files."""
+        """The state as a new server would read it, its count of epochs aside; the plans' files."""
         state = self.read_state()
         return {
             "variants": dict(state.variants),
@@ -104,7 +112,7 @@ class World:
             "alias": state.alias,
             "previous": state.previous,
             "candidates": list((self.folder.path / "candidates").iterdir()),
-            "plans": {path.stem for path in (self.folder.path / "plans").iterdir()},
+            "plans": {path.stem for path in self.folder.store.plans.folder.iterdir()},
         }
 
     def read_state(self) -> SavedState:
@@ -136,8 +144,38 @@ class World:
         state = self.read_state()
         assert set(state.live) == set(registry.live)
         assert (state.alias, state.previous) == (registry.alias, registry.previous)
-        plans = {path.stem for path in (self.folder.path / "plans").iterdir()}
+        plans = {path.stem for path in self.folder.store.plans.folder.iterdir()}
         assert plans == set(state.variants.values())
+
+
+def saved_text(state: Path) -> str:
+    """All that the store of a state folder says of variants and of what serves."""
+    with closing(sqlite3.connect(state / DATABASE)) as connection:
+        tables = ("SELECT state FROM servers", "SELECT tag, digest FROM variants ORDER BY tag")
+        return str([connection.execute(table).fetchall() for table in tables])
+
+
+def before_writes(monkeypatch: pytest.MonkeyPatch, hook: Callable[[], None]) -> None:
+    """Have ``hook`` called before each write of plans, golden answers and the state.
+
+    Its OSError is what the database makes of a full disk.
+    """
+    write, save = files.write_atomic, Servers.save
+
+    def hooked_write(path: Path, data: bytes) -> None:
+        hook()
+        write(path, data)
+
+    def hooked_save(self: Servers, *arguments: Any, **named: Any) -> None:
+        try:
+            hook()
+        except OSError as error:
+            raise StoreError(str(error)) from error
+        save(self, *arguments, **named)
+
+    for module in ("server.golden", "pruning.plan_io"):
+        monkeypatch.setattr(f"liveprune.{module}.write_atomic", hooked_write)
+    monkeypatch.setattr(Servers, "save", hooked_save)
 
 
 @asynccontextmanager

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from liveprune.pruning.errors import (
 )
 from liveprune.server import admin_api
 from liveprune.server.operations import State
-from tests.server.fake_control import BEARER, KEY, FakeControl, admin_app, ask, view
+from liveprune.server.store.store import DATABASE
+from tests.server.fake_control import BEARER, KEY, FakeControl, admin_app, ask, audited, view
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Served:
         return ask(self.app, method, path, **arguments)
 
     def audited(self) -> list[dict[str, Any]]:
-        return [json.loads(x) for x in (self.folder / "audit.log").read_text().splitlines()]
+        return audited(self.folder)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_every_route_opens_with_any_right_key_and_never_shows_it(
     assert len(served.control.calls) == (method != "GET")
     for key in (KEY, "older-key"):
         assert key not in answer.text + str(answer.headers)
-        assert key not in (served.folder / "audit.log").read_text()
+        assert key not in str(served.audited())
 
 
 @pytest.mark.parametrize("path", OPEN)
@@ -378,8 +379,8 @@ def test_reading_and_refusals_are_not_recorded(served: Served) -> None:
 
 
 def test_what_cannot_be_recorded_is_not_done(served: Served) -> None:
-    (served.folder / "audit.log").unlink()
-    (served.folder / "audit.log").mkdir()
+    with sqlite3.connect(served.folder / DATABASE) as connection:
+        connection.execute("DROP TABLE audit")
     for method, path, body in MUTATIONS[:4]:
         answer = served.ask(method, path, json=body)
         assert answer.status_code == 503

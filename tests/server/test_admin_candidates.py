@@ -23,7 +23,7 @@ from liveprune.pruning.plan_io import plan_to_json, save_plan
 from liveprune.server import candidate_models
 from liveprune.server.body_limit import MAX_BODY
 from liveprune.server.candidate_models import MAX_TOKENS, PlanBody
-from tests.server.fake_control import BEARER, FakeControl, admin_app, ask
+from tests.server.fake_control import BEARER, FakeControl, admin_app, ask, audited
 from tests.server.fake_engine import fake_plan
 from tests.server.test_candidates import merged
 
@@ -170,7 +170,7 @@ def test_a_plans_own_error_is_beside_the_others_scores(app: FastAPI, control: Fa
 
 def test_nothing_is_audited(app: FastAPI, tmp_path: Path) -> None:
     assert score(app, None).status_code == 200
-    assert (tmp_path / "audit.log").read_text() == ""
+    assert audited(tmp_path) == []
 
 
 @pytest.mark.parametrize("stated", [True, False])

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import logging
 import signal
 import socket
@@ -14,7 +13,7 @@ import pytest
 
 from liveprune.server import admin_server
 from liveprune.server.admin_server import bind, start
-from tests.server.fake_control import BEARER, FakeControl, admin_app
+from tests.server.fake_control import BEARER, FakeControl, admin_app, audited
 
 
 async def get(url: str, path: str = "/health", **headers: str) -> httpx.Response:
@@ -132,7 +131,7 @@ def test_the_audit_log_names_the_peer_and_not_a_header(tmp_path: Path) -> None:
         await server.stop()
 
     asyncio.run(run())
-    asked = json.loads((tmp_path / "audit.log").read_text().splitlines()[0])
+    asked = audited(tmp_path)[0]
     assert asked["remote"] == "127.0.0.1"
 
 

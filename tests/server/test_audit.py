@@ -3,9 +3,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import stat
-from datetime import UTC, datetime
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,30 @@ import pytest
 
 from liveprune.pruning.errors import EngineError
 from liveprune.server.audit import AuditLog, Change
+from liveprune.server.store.store import DATABASE, Store
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> AuditLog:
+    return AuditLog(Store(tmp_path, "m"))
 
 
 def change(**parameters: Any) -> Change:
     return Change("0badcafe", "127.0.0.1", "POST", "/admin/v1/swap", parameters)
 
 
-def lines(log: AuditLog) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.path.read_text().splitlines()]
+def damage(folder: Path) -> None:
+    with sqlite3.connect(folder / DATABASE) as connection:
+        connection.execute("DROP TABLE audit")
 
 
-def test_a_change_leaves_two_lines(tmp_path: Path) -> None:
-    log = AuditLog(tmp_path / "new" / "audit.log")
-    before = datetime.now(UTC).timestamp()
+def test_a_change_leaves_two_rows(log: AuditLog) -> None:
+    before = time.time()
     swap = change(variant="e4", note="a\nb")
     asyncio.run(log.asked(swap))
     asyncio.run(log.answered(swap, 202, operation="op1"))
-    asked, answered = lines(log)
-    # Milliseconds are cut off, not rounded.
-    assert datetime.fromisoformat(asked.pop("time")).timestamp() >= before - 0.001
+    answered, asked = log.entries()
+    assert before <= asked.pop("time") <= answered.pop("time") <= time.time()
     assert asked == {
         "event": "asked",
         "who": "0badcafe",
@@ -41,7 +45,6 @@ def test_a_change_leaves_two_lines(tmp_path: Path) -> None:
         "parameters": {"variant": "e4", "note": "a\nb"},
         "id": swap.id,
     }
-    answered.pop("time")
     assert answered == {
         "event": "answered",
         "id": swap.id,
@@ -51,82 +54,43 @@ def test_a_change_leaves_two_lines(tmp_path: Path) -> None:
     }
 
 
-def test_the_file_is_private_and_only_grows(tmp_path: Path) -> None:
-    path = tmp_path / "audit.log"
-    asyncio.run(AuditLog(path).asked(change()))
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    asyncio.run(AuditLog(path).asked(change()))
-    assert len(lines(AuditLog(path))) == 2
-
-
-def test_lines_go_to_the_log_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    log = AuditLog(tmp_path / "audit.log")
+def test_rows_go_to_the_log_as_well(log: AuditLog, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "liveprune.audit"):
         asyncio.run(log.asked(change(variant="e4")))
-    assert json.loads(caplog.messages[0]) == lines(log)[0]
+    (entry,) = log.entries()
+    del entry["time"]
+    assert json.loads(caplog.messages[0]) == entry
 
 
-def test_every_line_is_on_disk_before_the_call_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = AuditLog(tmp_path / "audit.log")
-    synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+def test_rows_stay_and_say_which_replica(log: AuditLog, tmp_path: Path) -> None:
     asyncio.run(log.asked(change()))
-    assert synced == [log.path.stat().st_size]
+    other = Store(tmp_path, "m", replica="other")
+    asyncio.run(AuditLog(other).asked(change()))
+    assert [row["replica"] for row in other.audit.list()] == ["other", log._store.replica]
+    assert len(log.entries(limit=1)) == 1
 
 
-def test_a_file_that_was_moved_away_is_made_again(tmp_path: Path) -> None:
-    log = AuditLog(tmp_path / "audit.log")
-    asyncio.run(log.asked(change()))
-    log.path.rename(tmp_path / "audit.log.1")
-    asyncio.run(log.asked(change()))
-    assert len(lines(log)) == 1
-
-
-def test_an_unwritable_log_is_found_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "audit.log").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        AuditLog(tmp_path / "audit.log")
-
-
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "audit.log").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic links"):
-        AuditLog(tmp_path / "audit.log")
-
-
-def test_a_full_disk_refuses_and_leaves_no_half_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = AuditLog(tmp_path / "audit.log")
-    asyncio.run(log.asked(change()))
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
-    with pytest.raises(EngineError, match=r"nothing was changed.*audit\.log.*7 of \d+ bytes"):
+def test_what_cannot_be_recorded_is_refused(log: AuditLog, tmp_path: Path) -> None:
+    damage(tmp_path)
+    with pytest.raises(EngineError, match=r"nothing was changed.*no such table: audit"):
         asyncio.run(log.asked(change()))
-    monkeypatch.setattr(os, "write", write)
-    asyncio.run(log.asked(change()))
-    assert len(lines(log)) == 2
 
 
 def test_an_outcome_that_cannot_be_written_is_not_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    log: AuditLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = AuditLog(tmp_path / "audit.log")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk gone")))
+    damage(tmp_path)
     done = change()
     with caplog.at_level(logging.ERROR, "liveprune.audit"):
         asyncio.run(log.answered(done, 202, operation="op1"))
-    assert done.id in caplog.text
+    assert f"lacks the outcome of {done.id}" in caplog.text
 
 
-def test_lines_written_at_once_do_not_mix(tmp_path: Path) -> None:
-    log = AuditLog(tmp_path / "audit.log")
+def test_rows_written_at_once_do_not_mix(log: AuditLog) -> None:
     changes = [change(number=number, padding="x" * 500) for number in range(20)]
 
     async def all_at_once() -> None:
         await asyncio.gather(*(log.asked(one) for one in changes))
 
     asyncio.run(all_at_once())
-    assert sorted(entry["parameters"]["number"] for entry in lines(log)) == list(range(20))
+    assert sorted(x["parameters"]["number"] for x in log.entries()) == list(range(20))

@@ -13,6 +13,7 @@ from liveprune.pruning.errors import (
     ConflictError,
     EngineError,
     PlanError,
+    StoreError,
     VariantError,
 )
 from liveprune.pruning.plan_io import save_plan
@@ -22,7 +23,7 @@ from liveprune.server.engine import LiveEngine
 from liveprune.server.operations import State
 from liveprune.server.registry import Registry
 from tests.server.fake_engine import FakeEngine, fake_base, fake_plan
-from tests.server.live_world import A, B, C, World, run, world
+from tests.server.live_world import A, B, C, World, before_writes, run, saved_text, world
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +218,7 @@ def test_a_foreign_plan_is_stored_in_our_own_form(tmp_path: Path) -> None:
             assert operation.state is State.DONE
             digest = w.registry.known["r"].digest
             assert digest is not None
-            assert w.folder.load_plan(digest).layer(1).kept == (0, 1, 2)
+            assert w.folder.store.plans.load(digest).layer(1).kept == (0, 1, 2)
             w.check()
 
     run(test())
@@ -440,7 +441,7 @@ def test_golden_answers_outlive_a_restart(tmp_path: Path) -> None:
 def test_what_cannot_be_restored_is_reported_and_kept_on_record(tmp_path: Path) -> None:
     async def test() -> None:
         await left_behind(tmp_path)
-        state = (tmp_path / "state" / "state.json").read_text()
+        state = saved_text(tmp_path / "state")
         damaged = tmp_path / "state" / "plans" / f"{B.digest}.json"
         whole = damaged.read_text()
         damaged.write_text(whole[:100])
@@ -450,7 +451,7 @@ def test_what_cannot_be_restored_is_reported_and_kept_on_record(tmp_path: Path) 
         assert problem.endswith("; add it again")
         assert str(damaged) in problem
         assert (w.registry.alias, w.registry.previous) == ("full", "a")
-        assert (tmp_path / "state" / "state.json").read_text() == state
+        assert saved_text(tmp_path / "state") == state
         assert (await w.add("c", C)).state is State.DONE
         assert w.read_state().variants["b"] == B.digest
         await w.control.stop()
@@ -481,14 +482,14 @@ def test_a_crash_while_restoring_loses_nothing(tmp_path: Path) -> None:
             await w.add("a", A)
             await w.add("b", B)
             await w.swap("b", keep=True)
-        state = (tmp_path / "state" / "state.json").read_text()
+        state = saved_text(tmp_path / "state")
         w = World(tmp_path)
         served: list[str] = []
 
         def look(method: str) -> None:
             if method == "prepare" and w.engine.calls["prepare"] == 2:  # b is live again
                 served.extend(w.registry.live)
-                served.append((tmp_path / "state" / "state.json").read_text())
+                served.append(saved_text(tmp_path / "state"))
 
         w.engine.on_call = look
         assert await w.control.start() == []
@@ -519,7 +520,7 @@ def test_a_variant_that_cannot_be_made_live_at_start(tmp_path: Path) -> None:
 def test_stopped_while_restoring(tmp_path: Path) -> None:
     async def test() -> None:
         await left_behind(tmp_path)
-        state = (tmp_path / "state" / "state.json").read_text()
+        state = saved_text(tmp_path / "state")
         w = World(tmp_path)
         w.engine.hang("progress")
         start = asyncio.create_task(w.control.start())
@@ -529,7 +530,7 @@ def test_stopped_while_restoring(tmp_path: Path) -> None:
         await w.control.stop(5)
         (problem,) = await start
         assert "interrupted: the server stopped" in problem
-        assert (tmp_path / "state" / "state.json").read_text() == state
+        assert saved_text(tmp_path / "state") == state
 
     run(test())
 
@@ -591,13 +592,13 @@ def test_a_copy_of_the_folder_is_all_that_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_at_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async def test() -> None:
         w = World(tmp_path)
-        monkeypatch.setattr(state_folder, "write_atomic", full)
-        with pytest.raises(OSError, match="No space left"):
+        before_writes(monkeypatch, full)
+        with pytest.raises((OSError, StoreError), match="No space left"):
             await w.control.start()
         await w.control.stop()
 

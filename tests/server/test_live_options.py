@@ -62,7 +62,7 @@ def test_variants_of_the_command_line_join_those_of_the_folder(folder: StateFold
     assert note_variants(folder, {"b": plan(2)}, None) is None
     assert folder.state.variants == {"a": plan(1).digest, "b": plan(2).digest}
     assert folder.state.live == ("a", "b", "full")
-    assert folder.load_plan(plan(2).digest) == plan(2)
+    assert folder.store.plans.load(plan(2).digest) == plan(2)
 
 
 def test_resident_decides_once_then_what_was_swapped_in_since(folder: StateFolder) -> None:

@@ -51,6 +51,7 @@ class World:
         self.up = True
         self.stops = 0
         self.stop_error: Exception | None = None
+        self.recorded: list[tuple[str, State]] = []
 
     def plan(self, name: str, plan: Plan | None = None) -> Path:
         path = self.plans / f"{name}.json"
@@ -77,6 +78,7 @@ class World:
             reason="quantised weights (fp8)",
             answers=self.answers,
             stop_server=self.stop,
+            on_end=lambda operation: self.recorded.append((operation.kind, operation.state)),
             poll=0.01,
         )
         await control.start()
@@ -303,6 +305,7 @@ async def test_a_swap_goes_over_the_restart(world: World) -> None:
             await control.rollback()
     assert "--shutdown-timeout" in asked.notes[1]
     assert not asked.state.ended
+    assert world.recorded == [("add", State.DONE)]
 
     world.up = False
     async with world.restarted() as (control, model):
@@ -331,6 +334,7 @@ async def test_a_swap_goes_over_the_restart(world: World) -> None:
         assert model == world.base
         assert (await ended(control, back)).kind == "rollback"
         assert (await control.status()).previous == "m:small"
+    assert world.recorded[1:] == [("swap", State.DONE), ("rollback", State.DONE)]
     async with world.control() as control:
         assert control.operations() == []  # a later start, which no swap was the reason of
 

@@ -2,21 +2,25 @@ from __future__ import annotations
 
 import errno
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from liveprune.pruning.errors import CheckpointError, ConflictError, PlanError
+from liveprune.pruning.errors import CheckpointError, ConflictError, PlanError, StoreError
 from liveprune.pruning.plan import LayerPlan, Lineage, Plan
-from liveprune.server import state_folder
+from liveprune.server.saved_form import base_fingerprint
 from liveprune.server.state_folder import SavedState, StateFolder
+from liveprune.server.store.store import DATABASE
 from tests.server.fake_engine import fake_base, fake_plan
+from tests.server.live_world import before_writes
 
 PLAN = fake_plan([1, 2])
 MERGE = np.ones((2, 8), np.float32)
@@ -62,8 +66,8 @@ def test_what_is_saved_comes_back(path: Path, base: Path) -> None:
     assert saved(path, base).state == STATE
     folder = StateFolder(path, base)
     assert folder.state == STATE
-    assert folder.load_plan(PLAN.digest) == PLAN
-    assert folder.load_plan(MERGED.digest) == MERGED
+    assert folder.store.plans.load(PLAN.digest) == PLAN
+    assert folder.store.plans.load(MERGED.digest) == MERGED
     assert sorted(x.name for x in (path / "plans").iterdir()) == sorted(
         [f"{PLAN.digest}.json", f"{MERGED.digest}.json", f"{MERGED.digest}.safetensors"]
     )
@@ -138,12 +142,48 @@ def edit(**fields: Any) -> Callable[[str], str]:
 def test_damage_is_refused_by_name(
     change: Callable[[str], str], reason: str, path: Path, base: Path
 ) -> None:
-    saved(path, base)
+    """In the file of releases before the store, from which the state is taken over."""
+    path.mkdir()
     file = path / "state.json"
-    file.write_text(change(file.read_text()))
+    form = {"version": 1, "base": base_fingerprint(base), **asdict(STATE)}
+    file.write_text(change(json.dumps(form)))
     with pytest.raises(CheckpointError, match=reason) as caught:
         StateFolder(path, base)
     assert str(caught.value).startswith(str(file))
+
+
+def test_the_state_of_an_older_release_is_taken_over_once(path: Path, base: Path) -> None:
+    path.mkdir()
+    form = {"version": 1, "base": base_fingerprint(base), **asdict(STATE)}
+    (path / "state.json").write_text(json.dumps(form))
+    folder = StateFolder(path, base)
+    assert folder.state == STATE
+    assert not (path / "state.json").exists()
+    assert (path / "state.json.imported").exists()
+    folder.save(replace(STATE, alias="full"))
+    folder.close()
+    assert StateFolder(path, base).state == replace(STATE, alias="full")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"version": 2}, "version is 2; this release reads 1"),
+        ({"live": ["a", "c"]}, "found 'c', expected the tag of a variant"),
+        ({"alias": "b"}, "found 'b', expected a live tag as the alias"),
+        ({"published": -1}, "found -1, expected a count of publications"),
+    ],
+)
+def test_damage_of_the_store_is_refused_by_name(
+    fields: dict[str, Any], reason: str, path: Path, base: Path
+) -> None:
+    folder = saved(path, base)
+    with closing(sqlite3.connect(path / DATABASE)) as connection, connection:
+        (text,) = connection.execute("SELECT state FROM servers").fetchone()
+        changed = json.dumps({**json.loads(text), **fields})
+        connection.execute("UPDATE servers SET state = ?", (changed,))
+    with pytest.raises(CheckpointError, match=f"store of {folder.path}: .*{reason}"):
+        StateFolder(path, base)
 
 
 def test_a_full_disk_leaves_the_old_state(
@@ -152,12 +192,12 @@ def test_a_full_disk_leaves_the_old_state(
     saved(path, base)
     folder = StateFolder(path, base)
 
-    def full(*_: object) -> None:
+    def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(state_folder, "write_atomic", full)
-        with pytest.raises(OSError, match="No space"):
+        before_writes(patched, full)
+        with pytest.raises(StoreError, match="No space"):
             folder.save(replace(STATE, alias="full"))
     assert folder.state == STATE
     folder.close()
@@ -167,15 +207,15 @@ def test_a_full_disk_leaves_the_old_state(
 def test_plans_that_are_missing_or_not_what_their_name_says(path: Path, base: Path) -> None:
     saved(path, base)
     folder = StateFolder(path, base)
-    file = folder.plan_path(PLAN.digest)
-    file.write_text(folder.plan_path(MERGED.digest).read_text())
+    file = folder.store.plans.path(PLAN.digest)
+    file.write_text(folder.store.plans.path(MERGED.digest).read_text())
     with pytest.raises(PlanError, match=f"holds the plan {MERGED.digest}, expected {PLAN.digest}"):
-        folder.load_plan(PLAN.digest)
+        folder.store.plans.load(PLAN.digest)
     file.unlink()
     with pytest.raises(PlanError, match="not readable as a plan"):
-        folder.load_plan(PLAN.digest)
+        folder.store.plans.load(PLAN.digest)
     folder.store_plan(PLAN)
-    assert folder.load_plan(PLAN.digest) == PLAN
+    assert folder.store.plans.load(PLAN.digest) == PLAN
 
 
 def test_only_plans_that_no_variant_has_are_discarded(path: Path, base: Path) -> None:
@@ -184,7 +224,7 @@ def test_only_plans_that_no_variant_has_are_discarded(path: Path, base: Path) ->
     for digest in (PLAN.digest, MERGED.digest, None):
         folder.golden_path(digest, "key").write_text("{}")
     folder.discard(MERGED.digest)
-    assert folder.load_plan(MERGED.digest) == MERGED
+    assert folder.store.plans.load(MERGED.digest) == MERGED
     folder.save(replace(STATE, variants={"a": PLAN.digest}))
     folder.discard(MERGED.digest)
     assert [x.name for x in (path / "plans").iterdir()] == [f"{PLAN.digest}.json"]

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
-from liveprune.pruning import files
 from liveprune.pruning.errors import ConflictError
 from liveprune.pruning.plan import Plan
-from liveprune.server import golden, state_folder
 from liveprune.server.operations import Operation, State
 from tests.server.fake_engine import METHODS, READS, FakeEngine, fake_plan
-from tests.server.live_world import A, B, C, World, run, world
+from tests.server.live_world import A, B, C, World, before_writes, run, world
 
 
 @pytest.fixture(autouse=True)
@@ -235,18 +233,14 @@ def test_a_method_that_fails_for_good(case: str, method: str, tmp_path: Path) ->
 def test_a_full_disk(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each write of an operation fails in its turn, and all writes after it."""
     prepare, begin, _ = CASES[case]
-    real = files.write_atomic
     left = [10_000]
 
-    def write(path: Path, data: bytes) -> None:
+    def write() -> None:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, data)
 
-    for module in (state_folder, golden):
-        monkeypatch.setattr(module, "write_atomic", write)
-    monkeypatch.setattr("liveprune.pruning.plan_io.write_atomic", write)
+    before_writes(monkeypatch, write)
 
     async def attempt(writes: int) -> bool:
         async with world(tmp_path / str(writes)) as w:
@@ -648,19 +642,15 @@ def test_interrupted_by_the_end_of_the_server(case: str, tmp_path: Path) -> None
 def test_interrupted_while_a_file_is_written(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What state.json says and what serves agree, whichever write is interrupted."""
+    """What is saved and what serves agree, whichever write is interrupted."""
     prepare, begin, _ = CASES[case]
-    real = files.write_atomic
     before_write: list[Callable[[], object]] = []
 
-    def write(path: Path, data: bytes) -> None:
+    def write() -> None:
         if before_write:
             before_write.pop()()
-        real(path, data)
 
-    for module in (state_folder, golden):
-        monkeypatch.setattr(module, "write_atomic", write)
-    monkeypatch.setattr("liveprune.pruning.plan_io.write_atomic", write)
+    before_writes(monkeypatch, write)
 
     async def attempt(number: int) -> bool:
         async with world(tmp_path / str(number)) as w:
@@ -866,12 +856,11 @@ def test_the_switch_itself_cannot_be_cancelled(
                 except ConflictError as error:
                     refused.append(str(error))
 
-            def write(path: Path, data: bytes) -> None:
+            def write() -> None:
                 if operation.state is State.SWITCHING:
                     loop.call_soon_threadsafe(cancel)
-                files.write_atomic(path, data)
 
-            monkeypatch.setattr(state_folder, "write_atomic", write)
+            before_writes(monkeypatch, write)
             await w.ended(operation)
             assert operation.state is State.DONE
             assert refused == [
