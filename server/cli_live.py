@@ -60,10 +60,10 @@ def list_variants(
     as_json: JsonOption = False,
 ) -> None:
     """Show the variants that the server knows."""
-    with _connect(admin_url, admin_key_file) as client:
+    with connect(admin_url, admin_key_file) as client:
         found = client.variants()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         console.print(_variants_table(found))
 
@@ -82,7 +82,7 @@ def add_variant(
     """Make a plan live under a new name. The server reads PLAN from its own disk."""
     path = Path(plan)
     where = str(path.absolute()) if path.exists() else plan
-    with _connect(admin_url, admin_key_file) as client:
+    with connect(admin_url, admin_key_file) as client:
         _follow(client, client.add(name, where), no_wait, as_json)
 
 
@@ -95,7 +95,7 @@ def remove_variant(
     as_json: JsonOption = False,
 ) -> None:
     """Take a variant out of service; its streams end on it first."""
-    with _connect(admin_url, admin_key_file) as client:
+    with connect(admin_url, admin_key_file) as client:
         _follow(client, client.remove(tag), no_wait, as_json)
 
 
@@ -111,7 +111,7 @@ def swap(
     as_json: JsonOption = False,
 ) -> None:
     """Send the requests of the bare model name to a variant, under traffic."""
-    with _connect(admin_url, admin_key_file) as client:
+    with connect(admin_url, admin_key_file) as client:
         _follow(client, client.swap(tag, keep_previous=keep_previous), no_wait, as_json)
 
 
@@ -122,7 +122,7 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Return to the variant before the last swap."""
-    with _connect(admin_url, admin_key_file) as client:
+    with connect(admin_url, admin_key_file) as client:
         _follow(client, client.rollback(), no_wait, as_json)
 
 
@@ -132,10 +132,10 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show the server's memory, its variants and what is going on."""
-    with _connect(admin_url, admin_key_file) as client:
+    with connect(admin_url, admin_key_file) as client:
         found = client.status()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     console.print(f"{found['alias']} answers for {found['model']}, {_readiness(found)}")
     console.print(f"a roll-back returns to {found['previous'] or 'nothing: there is none'}")
@@ -151,10 +151,10 @@ def operations(
     as_json: JsonOption = False,
 ) -> None:
     """Show the operations under way, and those that ended a while ago."""
-    with _connect(admin_url, admin_key_file) as client:
+    with connect(admin_url, admin_key_file) as client:
         found = client.operations()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     # An id that is cut off could not be passed to `cancel`.
     table = Table(
@@ -180,15 +180,16 @@ def cancel(
     as_json: JsonOption = False,
 ) -> None:
     """Give up an operation; possible until it switches."""
-    with _connect(admin_url, admin_key_file) as client:
+    with connect(admin_url, admin_key_file) as client:
         found = client.cancel(operation_id)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         console.print(_describe(found))
 
 
-def _connect(url: str, key_file: Path | None) -> AdminClient:
+def connect(url: str, key_file: Path | None) -> AdminClient:
+    """A client of the server at ``url``, with the key of the file, the environment or the state."""
     from liveprune.server.admin_client import AdminClient
 
     key, source = client_key(key_file, default_state_folder())
@@ -210,7 +211,7 @@ def _follow(client: AdminClient, operation: dict[str, Any], no_wait: bool, as_js
             )
             raise typer.Exit(130) from None
     if as_json:
-        _print_json(operation)
+        print_json(operation)
     else:
         console.print(_describe(operation))
     if operation["state"] in (State.FAILED, State.CANCELLED):
@@ -305,5 +306,6 @@ def _span(counts: Mapping[str, int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _print_json(content: object) -> None:
+def print_json(content: object) -> None:
+    """To standard output, for scripts."""
     typer.echo(json.dumps(content, indent=1))

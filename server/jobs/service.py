@@ -60,6 +60,7 @@ class JobService:
         Raises:
             LiveprunError: see ``checks.check_request``.
             ConflictError: the key came with another request.
+            StoreError: the store's quota is used up, or its database failed.
         """
         async with self._starting:
             return await self._started(request, key, who)
@@ -81,6 +82,7 @@ class JobService:
                 f"tag: {request.tag!r} is taken, by a variant or by another job's result; "
                 "expected another"
             )
+        await asyncio.to_thread(self._store.check_room)
         around = Surroundings(
             self._base,
             self._paths,

@@ -218,6 +218,7 @@ class Supervisor:
         else:
             logger.info("job %s: %s %s", job.id, job.state, job.error)
             self._crashes = 0
+            await asyncio.to_thread(self._store.drop_old_jobs)
 
     def _delay(self) -> None:
         first, longest = BACKOFF
