@@ -95,6 +95,7 @@ class Supervisor:
         """Workers in a row that died."""
         self._not_before = 0.0
         self._enabled: bool | None = None
+        self._stopping = False
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -104,9 +105,10 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stop the worker; its job waits for the next start."""
+        self._stopping = True
+        self.look()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await self._task
         await self._end_worker("the server stops")
 
     def look(self) -> None:
@@ -124,11 +126,13 @@ class Supervisor:
         return None if self._running is None else self._running.job.id
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             try:
                 await self._look()
             except (LiveprunError, OSError) as error:  # a database that is away may come back
                 logger.warning("jobs: %s", error)
+            except Exception:  # a defect in one look must not end all background work
+                logger.exception("jobs: unexpected")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._poll):
                     await self._wake.wait()
@@ -154,6 +158,7 @@ class Supervisor:
             self._wake.set()  # the next one need not wait
 
     async def _begin(self) -> None:
+        """Claim a job, if one waits, and start its worker."""
         owner = f"{self._store.replica}/{uuid.uuid4().hex[:12]}"
         jobs = self._store.jobs
         job = await asyncio.to_thread(jobs.claim, owner, self._lease)
@@ -173,8 +178,9 @@ class Supervisor:
             text = f"its request is not readable: {error}"
             await asyncio.to_thread(jobs.finish, job.id, owner, JobState.FAILED, error=text)
             return
-        except BaseException:
+        except OSError:  # no process, or no disk: later, maybe
             await asyncio.to_thread(jobs.give_back, job.id, owner)
+            self._delay()
             raise
         logger.info("job %s: worker %d, attempt %d", job.id, process.pid, job.attempt + 1)
         self._running = _Running(job, owner, key, process)

@@ -89,6 +89,9 @@ class JobWorld:
             await asyncio.sleep(0.05)
         return job
 
+    async def evaluated(self, job_id: str, least: int = 0) -> Job:
+        return await self.until(job_id, lambda job: job.cost.get("evaluations", 0) > least)
+
     async def ended(self, job_id: str) -> Job:
         return await self.until(job_id, lambda job: job.state.ended)
 

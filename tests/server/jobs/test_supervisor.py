@@ -94,22 +94,12 @@ def test_a_killed_worker_goes_on_to_the_same_plan(tmp_path: Path) -> None:
 
     async def broken(world: JobWorld) -> None:
         job_id = world.add(**asked)
-        last = 0
-        for _ in range(3):
-            job = await world.until(
-                job_id,
-                lambda job: (
-                    job.state.ended
-                    or (job.cost.get("evaluations", 0) > last and world.worker is not None)
-                ),
-            )
-            if job.state.ended:
-                break
-            last = job.cost["evaluations"]
+        for least in (0, 16):
+            await world.evaluated(job_id, least)
             world.kill()
-            await world.until(job_id, lambda job: job.state is JobState.QUEUED)
+            job = await world.until(job_id, lambda job: job.state is not JobState.RUNNING)
+            assert job.state is JobState.QUEUED, "it was killed in the middle"
         job = done(await world.ended(job_id))
-        assert last > 0, "it was killed at least once, in the middle"
         results.append(job.result)
 
     run(tmp_path / "unbroken", unbroken)
@@ -121,7 +111,7 @@ def test_cancel_and_resume(tmp_path: Path) -> None:
     async def test(world: JobWorld) -> None:
         job_id = world.add(method="eep", settings=EEP)
         waiting = world.add(tag="b")
-        await world.until(job_id, lambda job: job.cost.get("evaluations", 0) > 0)
+        await world.evaluated(job_id)
         assert world.store.jobs.ask_cancel(waiting).state is JobState.CANCELLED
         world.store.jobs.ask_cancel(job_id)
         assert (await world.ended(job_id)).state is JobState.CANCELLED
@@ -136,7 +126,7 @@ def test_cancel_and_resume(tmp_path: Path) -> None:
 def test_the_switch_stops_the_worker_and_the_job_goes_on_after_it(tmp_path: Path) -> None:
     async def test(world: JobWorld) -> None:
         job_id = world.add(method="eep", settings=EEP)
-        await world.until(job_id, lambda job: job.cost.get("evaluations", 0) > 0)
+        await world.evaluated(job_id)
         world.store.settings.set(SWITCH, {"enabled": False})
         job = await world.until(job_id, lambda job: job.state is not JobState.RUNNING)
         if not job.state.ended:
@@ -155,7 +145,7 @@ def test_a_server_that_stops_leaves_its_job_to_the_next(tmp_path: Path) -> None:
 
     async def first(world: JobWorld) -> None:
         ids.append(world.add(method="eep", settings=EEP))
-        await world.until(ids[0], lambda job: job.cost.get("evaluations", 0) > 0)
+        await world.evaluated(ids[0])
 
     async def second(world: JobWorld) -> None:
         done(await world.ended(ids[0]))
