@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 from liveprune.patches.compat import Seam
-from liveprune.patches.live_types import BASE_SLOT, BASE_TAG, EXTRA_ARG, Served
+from liveprune.patches.live_types import BASE_SLOT, BASE_TAG, COUNT_KEY, EXTRA_ARG, Served
 
 IS_MODEL_SUPPORTED = Seam(
     "vllm.entrypoints.serve.engine.serving",
@@ -77,6 +77,9 @@ class Directory(Protocol):
     def unpin(self, served: Served) -> None:
         """Called once for each ``pin``."""
 
+    def counts(self, model: str) -> bool:
+        """Whether live statistics count what is asked of this model name: of the alias, all is."""
+
     def cards(self) -> list[dict[str, Any]]:
         """Every live variant for ``/v1/models``: ``id``, ``parent`` and ``liveprune``."""
 
@@ -98,6 +101,8 @@ class Admission:
         self.served = served
         self.extra = extra or {}
         """What requests of our own carry beside the variant."""
+        self.counted = False
+        """Live statistics count the request's tokens."""
         self.answered = False
         """An answer carries the variant's name."""
         self._asked = served.name if served is not None else ""
@@ -120,6 +125,7 @@ class Admission:
         if served is not None:
             self.directory.pin(served)
             self.served, self._asked = served, model
+            self.counted = self.directory.counts(model)
         return served
 
     def hold(self) -> None:
@@ -282,7 +288,9 @@ def carrying(params: Any) -> Any:
     extra = dict(params.extra_args or {})
     if served is not None:
         admission = _admission.get()
-        own = {} if admission is None else admission.extra
+        own: dict[str, Any] = {} if admission is None else dict(admission.extra)
+        if admission is not None and admission.counted:
+            own[COUNT_KEY] = True
         extra[EXTRA_ARG] = {**own, "slot": served.slot, "salt": served.salt}
     elif EXTRA_ARG in extra:
         del extra[EXTRA_ARG]

@@ -9,14 +9,14 @@ batch left behind, whose rows may be gone. Without ``runner.liveprune_batch`` no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from liveprune.patches.compat import Seam
-from liveprune.patches.live_types import BASE_SLOT, EXTRA_ARG
+from liveprune.patches.live_types import BASE_SLOT, COUNT_KEY, EXTRA_ARG
 
 PREPARE_INPUTS = Seam(
     "vllm.v1.worker.gpu_model_runner",
@@ -72,6 +72,13 @@ V2_DUMMY_RUN = Seam(
 )
 
 
+class Carried(NamedTuple):
+    """What a request's sampling parameters say about its tokens."""
+
+    slot: int | None
+    counted: bool
+
+
 class BatchSlots:
     """The slot of each token; padding after the last token has the default slot.
 
@@ -80,7 +87,10 @@ class BatchSlots:
         static: CUDA graphs are captured, so the path must not depend on what a batch holds.
         present: slots of the batch's tokens, ascending.
         tokens: tokens of the batch; 0 after a reset.
-        of_request: V2 only: slot by index of the request's state, None without one.
+        before_change: called before the slots become another batch's.
+        after_fill: called where some are counted, with int64 and bool [tokens]: slots of the new
+            batch, and which of its tokens are counted.
+        of_request: V2 only: what each request carries, by the index of its state.
     """
 
     def __init__(
@@ -93,7 +103,11 @@ class BatchSlots:
     ) -> None:
         self.slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
         self.static = static
-        self.of_request: dict[int, int | None] = {}
+        self.of_request: dict[int, Carried] = {}
+        self.before_change: Callable[[], None] | None = None
+        self.after_fill: Callable[[npt.NDArray[np.int64], npt.NDArray[np.bool_]], None] | None = (
+            None
+        )
         self._on_host = self.slots.numpy() if self.slots.is_cpu else None
         self.present: tuple[int, ...] = ()
         self._default = default
@@ -111,6 +125,8 @@ class BatchSlots:
 
     def reset(self) -> None:
         """Give all tokens the default slot, for a run that fills in none."""
+        if self.before_change is not None:
+            self.before_change()
         self.slots.fill_(self._default)
         self.tokens = 0
         self.present = (self._default,)
@@ -120,13 +136,17 @@ class BatchSlots:
         self,
         slot_per_request: Sequence[int | None],
         tokens_per_request: npt.NDArray[np.integer[Any]],
+        counted: Sequence[bool] | None = None,
     ) -> None:
         """Set the slots of a batch: each request's for each of its tokens, in batch order.
 
         Args:
             slot_per_request: None for a request that names none.
             tokens_per_request: whole numbers, as many.
+            counted: as many, whether live statistics count the request; None: none of them.
         """
+        if self.before_change is not None:
+            self.before_change()
         default = self._default
         slots = [default if slot is None else slot for slot in slot_per_request]
         values = np.repeat(np.array(slots, dtype=np.int64), tokens_per_request)
@@ -143,6 +163,9 @@ class BatchSlots:
         self.tokens = tokens
         self.present = tuple(sorted(set(slots)))
         self._present_with_padding = tuple(sorted({*slots, default}))
+        if self.after_fill is not None and counted is not None and any(counted):
+            flags = np.repeat(np.array(counted, dtype=np.bool_), tokens_per_request)
+            self.after_fill(values[:tokens], flags)
 
     def view(self, tokens: int) -> torch.Tensor:
         """Slots of the first ``tokens`` tokens of the forward pass: int64 [tokens]."""
@@ -162,8 +185,10 @@ def wrap_prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         batch: BatchSlots | None = getattr(self, "liveprune_batch", None)
         if batch is not None:
             states = [self.requests[request] for request in self.input_batch.req_ids]
-            slots = [_carried_slot(state.sampling_params) for state in states]
-            batch.fill(slots, num_scheduled_tokens)
+            carried = [_carried(state.sampling_params) for state in states]
+            batch.fill(
+                [x.slot for x in carried], num_scheduled_tokens, [x.counted for x in carried]
+            )
         return original(self, scheduler_output, num_scheduled_tokens)
 
     return _prepare_inputs
@@ -195,7 +220,7 @@ def wrap_v2_add_requests(original: Callable[..., Any]) -> Callable[..., Any]:
             return
         for new in scheduler_output.scheduled_new_reqs:
             index = self.req_states.req_id_to_index[new.req_id]
-            batch.of_request[index] = _carried_slot(new.sampling_params)
+            batch.of_request[index] = _carried(new.sampling_params)
 
     return add_requests
 
@@ -207,15 +232,19 @@ def wrap_v2_prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         made = original(self, *args, **kwargs)
         batch: BatchSlots | None = getattr(self, "liveprune_batch", None)
         if batch is not None:
-            slots = [batch.of_request[index] for index in made.idx_mapping_np.tolist()]
-            batch.fill(slots, np.diff(made.query_start_loc_np[: made.num_reqs + 1]))
+            carried = [batch.of_request[index] for index in made.idx_mapping_np.tolist()]
+            batch.fill(
+                [x.slot for x in carried],
+                np.diff(made.query_start_loc_np[: made.num_reqs + 1]),
+                [x.counted for x in carried],
+            )
         return made
 
     return prepare_inputs
 
 
-def _carried_slot(sampling: Any) -> int | None:
-    """The slot that a request carries in its sampling parameters."""
+def _carried(sampling: Any) -> Carried:
+    """What a request carries in its sampling parameters."""
     # Not noted per request: for 256 of them that would save 20 microseconds a step.
-    slot: int | None = (sampling.extra_args or {}).get(EXTRA_ARG, {}).get("slot")
-    return slot
+    own = (sampling.extra_args or {}).get(EXTRA_ARG, {})
+    return Carried(own.get("slot"), bool(own.get(COUNT_KEY)))

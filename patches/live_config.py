@@ -30,6 +30,12 @@ class LiveConfig:
     """The slot that is live at start: 0, the base model, or that of ``resident_plan``."""
     resident_plan: str | None = None
     """Plan file of the variant to start compact with."""
+    statistics: bool = False
+    """Count which experts users' tokens are routed to."""
+    sample_tokens: int = 0
+    """Tokens of a sampled step whose experts' outputs are measured; 0: none."""
+    sample_every: int = 64
+    """One step in so many is sampled."""
     required: bool = False
     """Refuse to start where live variants cannot work, instead of serving without them."""
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from liveprune.patches.admission import serving
 from liveprune.patches.live_config import LiveConfig
+from liveprune.patches.live_counts import VariantCounts, parse_counts
 from liveprune.patches.live_types import (
     EngineMemory,
     FillProgress,
@@ -124,6 +125,9 @@ class VLLMLiveEngine:
     async def checksums(self, slot: int) -> dict[str, int]:
         """CRC-32 of every expert row that a live slot needs, by rank, layer and row."""
         return dict(await self._call("checksums", slot=slot))
+
+    async def statistics(self) -> dict[str, VariantCounts]:
+        return parse_counts(await self._call("statistics"))
 
     async def golden(
         self, variant: Served, prompts: Sequence[Sequence[int]], tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ from liveprune.patches.expert_packing import Packing
 from liveprune.patches.expert_rows import ExpertRows
 from liveprune.patches.live_config import LiveConfig
 from liveprune.patches.live_router import LiveRouting
+from liveprune.patches.live_statistics import LiveStatistics
 from liveprune.patches.routing_tables import LayerTables
+from liveprune.patches.sampled_outputs import SampledOutputs
 from liveprune.pruning.model_spec import ModelSpec
 
 
@@ -26,6 +29,8 @@ class LiveLayer:
     tables: LayerTables
     rows: ExpertRows
     packing: Packing
+    moe: Any
+    """vLLM's MoERunner."""
 
 
 def find_layers(
@@ -76,7 +81,7 @@ def _layer(
     routing.attach(tables, batch)
     add_constants(moe.routed_experts, routing)
     rows = ExpertRows(moe.routed_experts, packing, base.experts + config.spare_rows, device)
-    return LiveLayer(index, base.experts, tables, rows, packing)
+    return LiveLayer(index, base.experts, tables, rows, packing, moe)
 
 
 def batch_slots(worker: Any, config: LiveConfig) -> BatchSlots:
@@ -90,3 +95,39 @@ def batch_slots(worker: Any, config: LiveConfig) -> BatchSlots:
         static=worker.device.type == "cuda" and graphs,
         default=config.resident_slot,
     )
+
+
+def live_statistics(
+    layers: Mapping[int, LiveLayer],
+    config: LiveConfig,
+    batch: BatchSlots,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LiveStatistics | None:
+    """Have the layers' routing counted; None where the config says not to.
+
+    Args:
+        layers: by index.
+        config: whether, and how many tokens are sampled.
+        batch: which token is whose.
+        dtype: of hidden states.
+        device: of the sums.
+    """
+    if not config.statistics:
+        return None
+    outputs = None
+    if config.sample_tokens:
+        outputs = SampledOutputs(
+            {index: (layer.moe, layer.tables) for index, layer in layers.items()},
+            max(layer.moe.moe_config.hidden_dim for layer in layers.values()),
+            dtype,
+            device,
+            static=batch.static,
+            size=config.sample_tokens,
+            every=config.sample_every,
+        )
+    tables = {index: layer.tables for index, layer in layers.items()}
+    found = LiveStatistics(tables, batch, device, outputs=outputs)
+    for index, layer in layers.items():
+        layer.moe.router._compute_routing.record = found.recorder(index)  # noqa: SLF001 - ours
+    return found

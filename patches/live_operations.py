@@ -14,7 +14,7 @@ from liveprune.patches import kv_memory
 from liveprune.patches.live_worker import LiveWorker
 from liveprune.patches.packed_forward import PackedForward
 from liveprune.patches.request_scoring import take_scores
-from liveprune.pruning.errors import LiveprunError
+from liveprune.pruning.errors import EngineError, LiveprunError
 from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 
 
@@ -23,6 +23,8 @@ def liveprune(self: Any, operation: str, arguments: dict[str, Any]) -> dict[str,
     worker: LiveWorker | None = getattr(self, "liveprune_worker", None)
     if worker is None:
         return {"error": "live variants are off in this engine"}
+    if worker.statistics is not None:
+        worker.statistics.fold()  # by the tables and rows of the last batch
     try:
         return {"value": _OPERATIONS[operation](worker, **arguments)}
     except LiveprunError as error:
@@ -73,6 +75,14 @@ def _release_blocks(worker: LiveWorker, ids: list[int]) -> int:
     return kv_memory.release_blocks(worker.runner, ids)
 
 
+def _statistics(worker: LiveWorker) -> dict[str, Any]:
+    """Everything counted since the start; every rank answers the same."""
+    if worker.statistics is None:
+        raise EngineError("live statistics are off in this engine (--live-statistics)")
+    scales = {index: layer.moe.routed_scaling_factor for index, layer in worker.layers.items()}
+    return {"gate_scales": scales, "variants": worker.statistics.read(worker.columns())}
+
+
 _OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "prepare": LiveWorker.prepare,
     "progress": LiveWorker.progress,
@@ -83,6 +93,7 @@ _OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "release": LiveWorker.release,
     "memory": LiveWorker.memory,
     "checksums": LiveWorker.checksums,
+    "statistics": _statistics,
     "stage": LiveWorker.stage,
     "unstage": LiveWorker.unstage,
     "score": _score,

@@ -21,6 +21,8 @@ from liveprune.patches.routing_tables import LayerTables
 from liveprune.pruning.errors import EngineError
 
 Routing = tuple[torch.Tensor, torch.Tensor]
+Record = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Of hidden states, weights and rows; rows that name constants are still among them."""
 
 
 class LiveRouting:
@@ -33,6 +35,7 @@ class LiveRouting:
         batch: slots of the running batch; None until attached.
         constants: float32 [tokens, hidden], what constant experts add to the output of the tokens
             routed last; None if none of them has any.
+        record: called with what was routed; None: nobody counts.
     """
 
     def __init__(self, original: Callable[..., Routing], spec: RouterSpec) -> None:
@@ -41,6 +44,7 @@ class LiveRouting:
         self.tables: LayerTables | None = None
         self.batch: BatchSlots | None = None
         self.constants: torch.Tensor | None = None
+        self.record: Record | None = None
         self._route = route
 
     def attach(self, tables: LayerTables, batch: BatchSlots) -> None:
@@ -91,6 +95,8 @@ class LiveRouting:
             }
         if not base:
             weights, rows = self._route(router_logits, self.spec, tables, slots, columns, **flags)
+            if self.record is not None:
+                self.record(hidden_states, weights, rows)
             if constant:
                 weights, rows = self._take_constants(weights, rows, slots, tables)
             return weights, rows.to(indices_type or torch.int32)
@@ -98,12 +104,16 @@ class LiveRouting:
             hidden_states, router_logits, indices_type, input_ids=input_ids
         )
         if isinstance(slots, int):
+            if self.record is not None:
+                self.record(hidden_states, own_weights, own_ids)
             return own_weights, own_ids
         weights, rows = self._route(router_logits, self.spec, tables, slots, columns, **flags)
         # The base's tokens keep vLLM's own numbers, bit for bit.
         is_base = (slots == BASE_SLOT).unsqueeze(1)
         weights = torch.where(is_base, own_weights, weights)
         rows = torch.where(is_base, own_ids, rows)
+        if self.record is not None:
+            self.record(hidden_states, weights, rows)
         if constant:
             weights, rows = self._take_constants(weights, rows, slots, tables)
         return weights, rows.to(indices_type or torch.int32)

@@ -14,6 +14,8 @@ BASE_TAG = "full"
 """``name:full`` is the base model."""
 EXTRA_ARG = "liveprune"
 """Key of ``SamplingParams.extra_args`` under which a request carries its variant."""
+COUNT_KEY = "count"
+"""Beside the variant: live statistics count the request's tokens."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ import torch
 from liveprune.patches.candidates import Candidates
 from liveprune.patches.expert_reader import ExpertReader
 from liveprune.patches.live_config import LiveConfig
-from liveprune.patches.live_layers import LiveLayer, batch_slots, find_layers
+from liveprune.patches.live_counts import BASE_KEY
+from liveprune.patches.live_layers import LiveLayer, batch_slots, find_layers, live_statistics
+from liveprune.patches.live_statistics import columns_of
 from liveprune.patches.live_types import BASE_SLOT
 from liveprune.patches.request_scoring import RequestScores, attach
 from liveprune.patches.row_assignment import Assignment, assign_rows
@@ -55,6 +57,8 @@ class LiveWorker:
         batch: which token is whose.
         candidates: plans of a search that are live for a moment.
         scores: answers of requests that are being scored.
+        layers: by index.
+        statistics: of users' tokens; None where they are off.
     """
 
     def __init__(self, worker: Any, config: LiveConfig) -> None:
@@ -72,7 +76,7 @@ class LiveWorker:
         self.model = self.runner.get_model()
         self.batch = batch_slots(worker, config)
         self.runner.liveprune_batch = self.batch
-        self._layers = find_layers(self.model, self.spec, config, self.batch, self._device)
+        self.layers = find_layers(self.model, self.spec, config, self.batch, self._device)
         parallel = worker.parallel_config
         reader = ExpertReader(
             Path(config.checkpoint),
@@ -83,15 +87,16 @@ class LiveWorker:
         )
         self._filler = RowFiller(
             reader,
-            {index: layer.packing for index, layer in self._layers.items()},
-            {index: layer.rows for index, layer in self._layers.items()},
+            {index: layer.packing for index, layer in self.layers.items()},
+            {index: layer.rows for index, layer in self.layers.items()},
             protect=lambda: self._lock,
         )
         self._slots: dict[int, Slot] = {}
-        self.candidates = Candidates(self._layers, self.spec, reader)
+        self.candidates = Candidates(self.layers, self.spec, reader)
         dtype = worker.model_config.dtype
         self.scores = RequestScores(worker.model_config.get_hidden_size() * dtype.itemsize)
         attach(self.runner, self.scores)
+        self.statistics = live_statistics(self.layers, config, self.batch, dtype, self._device)
         self._start(config)
 
     def prepare(self, slot: int, plan: str | None) -> None:
@@ -107,7 +112,7 @@ class LiveWorker:
             layer.index: assign_rows(
                 _layer_plan(recipe, layer), layer.experts, self._free_spare(layer)
             )
-            for layer in self._layers.values()
+            for layer in self.layers.values()
         }
         self._slots[slot] = Slot(recipe, assignments, self._fill(assignments))
 
@@ -135,7 +140,7 @@ class LiveWorker:
             )
         found.live = True
         try:
-            for layer in self._layers.values():
+            for layer in self.layers.values():
                 layer.tables.write(
                     slot, _layer_plan(found.plan, layer), found.assignments[layer.index].rows
                 )
@@ -148,7 +153,7 @@ class LiveWorker:
 
     def unpublish(self, slot: int) -> None:
         """Clear the tables; the rows stay, and ``publish`` would bring the slot back."""
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.tables.clear(slot)
         self._slot(slot).live = False
         self._choose_default()
@@ -159,6 +164,8 @@ class LiveWorker:
             raise EngineError(f"slot {slot}: not live, expected a live slot")
         if sum(other.live for other in self._slots.values()) == 1:
             raise EngineError(f"slot {slot}: the only live one; something must serve")
+        if self.statistics is not None:
+            self.statistics.leave(slot, *self.columns()[slot])
         self.unpublish(slot)
         del self._slots[slot]
 
@@ -166,7 +173,7 @@ class LiveWorker:
         """Give back up to ``RELEASE_BYTES`` of rows that no slot needs."""
         freed = 0
         with self._lock:
-            for layer in self._layers.values():
+            for layer in self.layers.values():
                 used = self._needed(layer) | self._filler.claimed(layer.index)
                 count = max((RELEASE_BYTES - freed) // layer.rows.row_bytes, 1)
                 idle = sorted(layer.rows.resident - used)[:count]
@@ -180,7 +187,7 @@ class LiveWorker:
     def memory(self) -> dict[str, Any]:
         """Fields of ``EngineMemory``, of this rank."""
         base = spare = everything = 0
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             size, resident = layer.rows.row_bytes, layer.rows.resident
             everything += size * layer.experts
             base += size * sum(row < layer.experts for row in resident)
@@ -194,7 +201,7 @@ class LiveWorker:
             "slots": {
                 slot: sum(
                     layer.rows.row_bytes * len(found.assignments[layer.index].needed)
-                    for layer in self._layers.values()
+                    for layer in self.layers.values()
                 )
                 for slot, found in self._slots.items()
                 if found.live
@@ -205,8 +212,27 @@ class LiveWorker:
         """CRC-32 of every row that a slot needs, from the bytes in memory."""
         return {
             f"{layer.index}/{row}": self._filler.checks.measure(layer.rows, row)
-            for layer in self._layers.values()
+            for layer in self.layers.values()
             for row in sorted(self._slot(slot).assignments[layer.index].needed)
+        }
+
+    def columns(self) -> dict[int, tuple[str, dict[int, list[int]]]]:
+        """By live slot: key of its variant, and by layer the rows of its statistics' columns."""
+        return {
+            slot: (
+                BASE_KEY if found.plan is None else found.plan.digest,
+                {
+                    index: columns_of(
+                        _layer_plan(found.plan, layer),
+                        layer.tables,
+                        slot,
+                        found.assignments[index].rows,
+                    )
+                    for index, layer in self.layers.items()
+                },
+            )
+            for slot, found in self._slots.items()
+            if found.live
         }
 
     def stage(self, plans: list[Plan | None]) -> list[int]:
@@ -216,7 +242,7 @@ class LiveWorker:
         self.unstage()
         slots = [slot for slot in range(self._config.slots) if slot not in self._slots]
         with self._lock:
-            free = {index: self._unused_spare(layer) for index, layer in self._layers.items()}
+            free = {index: self._unused_spare(layer) for index, layer in self.layers.items()}
             try:
                 staged = self.candidates.stage(plans, slots, free)
                 self._check()
@@ -238,7 +264,7 @@ class LiveWorker:
         """
         live = [slot for slot, found in self._slots.items() if found.live]
         live += self.candidates.slots
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             for slot in live:
                 missing = layer.tables.needed_rows(slot) - layer.rows.resident
                 if missing:
@@ -290,7 +316,7 @@ class LiveWorker:
         return self._slots[slot]
 
     def _expose(self) -> None:
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.rows.expose(max(layer.rows.resident) + 1)
 
     def _choose_default(self) -> None:

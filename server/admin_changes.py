@@ -20,6 +20,7 @@ from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog, Change
 from liveprune.server.control_plane import ControlPlane
 from liveprune.server.jobs.service import JobService
+from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_metrics import LiveMetrics
 from liveprune.server.operations import Operation
 
@@ -36,6 +37,8 @@ class Admin:
     metrics: LiveMetrics
     jobs: JobService | None = None
     """None where there is no store to keep them in."""
+    calibration: LiveCalibration | None = None
+    """None where live traffic is not counted."""
 
     async def change(
         self,

@@ -78,6 +78,15 @@ class AdminClient:
         """The engine's memory, its variants and what is going on."""
         return self._call("GET", "status")
 
+    def statistics(self) -> Json:
+        """What users' requests use lately."""
+        return self._call("GET", "statistics")
+
+    def statistics_file(self, variant: str) -> bytes:
+        """The statistics of a variant, or of ``all``, as a file."""
+        query = quote(variant, safe="")
+        return self._ask("GET", f"statistics/file?variant={query}", None, TIMEOUT).content
+
     def score(self, body: Json) -> Json:
         """Score answers under plans that nobody else sees (``candidate_models.Score``)."""
         return self._call("POST", "score", body, timeout=EVALUATION_TIMEOUT)
@@ -119,10 +128,6 @@ class AdminClient:
         """Turn all background work on or off."""
         return self._call("POST", "background", {"enabled": enabled})
 
-    def fetch(self, path: str) -> bytes:
-        """A file that the server gives out."""
-        return self._request("GET", path, None, TIMEOUT).content
-
     def close(self) -> None:
         self._http.close()
 
@@ -140,13 +145,14 @@ class AdminClient:
     def _call(
         self, method: str, path: str, body: Json | None = None, *, timeout: float = TIMEOUT
     ) -> Json:
-        answer = self._request(method, path, body, timeout)
+        answer = self._ask(method, path, body, timeout)
         content = _json(answer)
         if not isinstance(content, dict):
-            raise self._foreign(answer)
+            raise self._stranger(answer)
         return content
 
-    def _request(self, method: str, path: str, body: Json | None, timeout: float) -> httpx.Response:
+    def _ask(self, method: str, path: str, body: Json | None, timeout: float) -> httpx.Response:
+        """The answer if it is a success; errors as the class says."""
         try:
             answer = self._http.request(method, f"/admin/v1/{path}", json=body, timeout=timeout)
         except httpx.TimeoutException as error:
@@ -160,14 +166,14 @@ class AdminClient:
             return answer
         message = _message(_json(answer))
         if message is None:
-            raise self._foreign(answer)
+            raise self._stranger(answer)
         if answer.status_code in (401, 403):
             raise EngineError(
                 f"{self._url}: the key was refused: {message} (the key is from {self._key_source})"
             )
         raise AdminConflictError(message) if answer.status_code == 409 else EngineError(message)
 
-    def _foreign(self, answer: httpx.Response) -> EngineError:
+    def _stranger(self, answer: httpx.Response) -> EngineError:
         return EngineError(
             f"{self._url}: found an answer with status {answer.status_code} that is not the "
             "admin API's; is this the admin port?"

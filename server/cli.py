@@ -18,6 +18,7 @@ from liveprune.server.admin_key import STATE_VARIABLE, STORE_VARIABLE
 from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
 from liveprune.server.cli_pareto import pareto
 from liveprune.server.cli_prune import prune
+from liveprune.server.cli_statistics import statistics
 from liveprune.server.cli_store import store_app
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(prune)
 app.command()(pareto)
+app.command()(statistics)
 cli_live.register(app)
 cli_jobs.register(app)
 app.add_typer(store_app, name="store")
@@ -132,6 +134,24 @@ def serve(
     admin_key_file: Annotated[
         Path | None, typer.Option(help="Admin keys, one a line; default: in the state folder.")
     ] = None,
+    live_statistics: Annotated[
+        bool,
+        typer.Option(
+            "--live-statistics/--no-live-statistics", help="Count which experts requests use."
+        ),
+    ] = True,
+    statistics_sample: Annotated[
+        int, typer.Option(min=0, help="Tokens of a sampled step whose experts are measured.")
+    ] = 16,
+    statistics_every: Annotated[
+        int, typer.Option(min=1, help="One step in so many is sampled.")
+    ] = 64,
+    statistics_interval: Annotated[
+        float, typer.Option(min=1, help="Seconds between two looks at the counts.")
+    ] = 60,
+    statistics_half_life: Annotated[
+        float, typer.Option(min=0.01, help="Hours in which a count loses half its weight.")
+    ] = 24,
 ) -> None:
     """Serve MODEL behind vLLM's OpenAI API; every `vllm serve` flag is passed through.
 
@@ -139,7 +159,7 @@ def serve(
     --max-model-len, --tensor-parallel-size, --api-key.
     """
     from liveprune.server.admin_key import default_state_folder
-    from liveprune.server.live_options import LiveOptions, parse_bytes
+    from liveprune.server.live_options import LiveOptions, StatisticsOptions, parse_bytes
     from liveprune.server.serve import check_model, check_plugin_enabled
     from liveprune.server.serve import serve as run
 
@@ -161,6 +181,13 @@ def serve(
         store_quota=parse_bytes("--store-quota", store_quota),
         keep_jobs=keep_jobs,
         replica=replica,
+        statistics=StatisticsOptions(
+            on=live_statistics,
+            sample=statistics_sample,
+            every=statistics_every,
+            interval=statistics_interval,
+            half_life=3600 * statistics_half_life,
+        ),
     )
     if options.insists and not live:
         raise VariantError("--no-live: found together with --variant or --resident, expected one")

@@ -189,7 +189,7 @@ def cancel(
 
 
 def connect(url: str, key_file: Path | None) -> AdminClient:
-    """A client of the server at ``url``, with the key of the file, the environment or the state."""
+    """A client with the key that the options and the environment lead to."""
     from liveprune.server.admin_client import AdminClient
 
     key, source = client_key(key_file, default_state_folder())
@@ -307,5 +307,5 @@ def _span(counts: Mapping[str, int]) -> str:
 
 
 def print_json(content: object) -> None:
-    """To standard output, for scripts."""
+    """As ``--json`` prints."""
     typer.echo(json.dumps(content, indent=1))

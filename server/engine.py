@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from liveprune.patches.live_counts import VariantCounts
 from liveprune.patches.live_types import (
     EngineMemory,
     FillProgress,
@@ -102,6 +103,12 @@ class LiveEngine(Protocol):
         end: Collection[int],
     ) -> list[tuple[int, ...]]:
         """Decode greedily under a live slot, below user traffic; see ``Engine.generate``."""
+
+    async def statistics(self) -> Mapping[str, VariantCounts]:
+        """What users' tokens were routed to since the engine's start, by plan digest or ``base``.
+
+        Raises EngineError where the engine does not count.
+        """
 
     async def memory(self) -> EngineMemory:
         """What the weights take."""

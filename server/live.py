@@ -25,6 +25,7 @@ from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
 from liveprune.server.jobs.background import Background, LiveBackground, NoLiveBackground
+from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_options import LiveOptions, remember_resident
 from liveprune.server.memory_budget import total_bytes
 from liveprune.server.operation_records import OperationRecords
@@ -85,8 +86,11 @@ class LiveServer:
                     logger.warning("at start: %s", problem)
                 remember_resident(self._folder, self._options.resident)
             stack.push_async_callback(control.stop)
-            background = self._background(control, front.engine)
-            metrics = live_metrics.LiveMetrics(control, background.jobs.newest)
+            calibration = None
+            if front.engine is not None and isinstance(control, Control):
+                calibration = await self._calibration(front.engine, control, stack)
+            background = self._background(control, front.engine, calibration)
+            metrics = live_metrics.LiveMetrics(control, calibration, background.jobs.newest)
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(
                 control,
@@ -95,6 +99,7 @@ class LiveServer:
                 roots=self._roots,
                 metrics=metrics,
                 jobs=background.jobs,
+                calibration=calibration,
             )
             running = await admin_server.start(app, listener=self._listener)
             stack.push_async_callback(running.stop)
@@ -114,7 +119,10 @@ class LiveServer:
         return (*self._options.plan_roots, *default_roots(self._options.state), files)
 
     def _background(
-        self, control: Control | RebuildControl, engine: VLLMLiveEngine | None
+        self,
+        control: Control | RebuildControl,
+        engine: VLLMLiveEngine | None,
+        calibration: LiveCalibration | None,
     ) -> Background:
         serving: LiveBackground | NoLiveBackground = NoLiveBackground()
         if engine is not None and isinstance(control, Control):
@@ -128,7 +136,26 @@ class LiveServer:
             self._roots,
             admin_url=admin_server.local_url(self._listener),
             engine=serving,
+            calibration=calibration,
         )
+
+    async def _calibration(
+        self, engine: VLLMLiveEngine, control: Control, stack: contextlib.AsyncExitStack
+    ) -> LiveCalibration | None:
+        """Statistics of live traffic, read until ``stack`` is closed."""
+        options = self._options.statistics
+        if not options.on:
+            return None
+        found = LiveCalibration(
+            engine,
+            control.directory,
+            self._folder.path,
+            (await control.status()).fingerprint,
+            interval=options.interval,
+            half_life=options.half_life,
+        )
+        await stack.enter_async_context(found.running())
+        return found
 
     def restarting(self) -> AbstractContextManager[Path]:
         """Wraps the server's run; gives the checkpoint to serve, the base but in rebuild mode."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
-import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,10 @@ from prometheus_client.metrics_core import (
 )
 
 from liveprune.pruning.errors import LiveprunError
+from liveprune.server.calibration_metrics import calibration_metrics
 from liveprune.server.control_plane import ControlPlane
 from liveprune.server.job_metrics import job_metrics
+from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.operations import Operation, State, Status
 from liveprune.server.store.jobs import Job
 
@@ -95,10 +96,11 @@ class LiveMetrics:
     def __init__(
         self,
         control: ControlPlane,
+        calibration: LiveCalibration | None = None,
         jobs: Callable[[], Awaitable[Sequence[Job]]] | None = None,
     ) -> None:
         """``jobs``: asks the store for them; None where there is none."""
-        self._control = control
+        self._control, self._calibration = control, calibration
         self._ask_jobs = jobs
         self._jobs: Sequence[Job] = ()
         self._status: Status | None = None
@@ -132,8 +134,13 @@ class LiveMetrics:
 
     def describe(self) -> list[Metric]:
         """All families without samples: what a registry checks for names that clash."""
-        parts = (_variant_metrics(None), _engine_metrics(None), self._operation_metrics(None))
-        return [*itertools.chain(*parts), *job_metrics(None, ())]
+        return [
+            *_variant_metrics(None),
+            *_engine_metrics(None),
+            *self._operation_metrics(None),
+            *calibration_metrics(None, None),
+            *job_metrics(None, ()),
+        ]
 
     def collect(self) -> Iterator[Metric]:
         """All families with the samples of the last snapshot."""
@@ -142,6 +149,7 @@ class LiveMetrics:
         yield from _engine_metrics(status)
         yield from self._operation_metrics(self._model)
         yield from job_metrics(self._model, self._jobs)
+        yield from calibration_metrics(self._calibration, self._model)
 
     def _count(self, operations: Sequence[Operation]) -> None:
         """Count each operation once, when it has ended."""

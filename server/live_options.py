@@ -29,6 +29,21 @@ _UNITS |= {f"{unit}i": 2 ** (10 * i) for i, unit in enumerate("KMGT", start=1)}
 
 
 @dataclass(frozen=True)
+class StatisticsOptions:
+    """How live traffic is counted."""
+
+    on: bool = True
+    sample: int = 16
+    """Tokens of a sampled step whose experts' outputs are measured."""
+    every: int = 64
+    """One step in so many is sampled."""
+    interval: float = 60.0
+    """Seconds between two looks at the engine's counts."""
+    half_life: float = 86400.0
+    """Seconds in which a count loses half its weight."""
+
+
+@dataclass(frozen=True)
 class LiveOptions:
     """As given on the command line."""
 
@@ -56,6 +71,7 @@ class LiveOptions:
     """Ended jobs that keep their folders."""
     replica: str | None = None
     """Name of this server among those that share the database; None: the host's."""
+    statistics: StatisticsOptions = StatisticsOptions()
 
     @property
     def insists(self) -> bool:
@@ -152,6 +168,9 @@ def make_config(
         kv_extra_bytes=2 * sum(block.expert_bytes for block in blocks),
         resident_slot=0 if resident_plan is None else 1,
         resident_plan=None if resident_plan is None else str(resident_plan),
+        statistics=options.statistics.on,
+        sample_tokens=options.statistics.sample,
+        sample_every=options.statistics.every,
         required=options.insists,
     )
 

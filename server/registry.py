@@ -77,6 +77,10 @@ class Registry:
             publication = self._live.get(tag) if name == self.name else None
         return publication.served if publication else None
 
+    def counts(self, model: str) -> bool:
+        """Whether a model name is the alias: what it is asked is the users' traffic."""
+        return model in self._bare
+
     def pin(self, served: Served) -> None:
         """Count a request in: its variant stays until ``unpin``.
 

@@ -133,13 +133,17 @@ class RoutingStatistics:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
+        write_atomic(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of such a file."""
         tensors = {
             f"layers.{index}.{name}": np.ascontiguousarray(array)
             for index, layer in self.layers.items()
             for name, array in layer.arrays().items()
         }
         facts = {"tokens": self.tokens, "calibration": self.calibration, "model": self.model}
-        write_atomic(path, save(tensors, {"format": FORMAT, "facts": json.dumps(facts)}))
+        return save(tensors, {"format": FORMAT, "facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> RoutingStatistics:

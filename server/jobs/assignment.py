@@ -34,6 +34,8 @@ class Assignment:
     admin_url: str
     admin_key: str
     """Opens the admin API for this worker alone, until it ends."""
+    calibrated: str | None = None
+    """Folder for the statistics that plans were made from, by the plans' digests."""
 
     @property
     def files_path(self) -> Path:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from liveprune.pruning.errors import ConflictError, IncompatibleEnvironmentError
+from liveprune.pruning.errors import (
+    ConflictError,
+    DataError,
+    EngineError,
+    IncompatibleEnvironmentError,
+)
 from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.background_gate import BackgroundGate
 from liveprune.server.candidates import LiveCandidates
 from liveprune.server.control_plane import ControlPlane
 from liveprune.server.jobs.service import JobService
 from liveprune.server.jobs.supervisor import Supervisor
+from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.store.store import Store
 
 
@@ -54,7 +60,7 @@ class Background:
         *,
         admin_url: str,
         engine: LiveBackground | NoLiveBackground,
-        has_statistics: Callable[[], bool] = lambda: False,
+        calibration: LiveCalibration | None = None,
     ) -> None:
         """Args:
         store: of the model.
@@ -63,9 +69,10 @@ class Background:
         roots: folders that rows may lie in.
         admin_url: where a worker of this machine reaches the admin API.
         engine: the serving one.
-        has_statistics: whether some live statistics are there.
+        calibration: live statistics; None where nothing is counted.
         """
-        self.supervisor = Supervisor(store, base, admin_url, engine)
+        calibrated = None if calibration is None else calibration.calibrated
+        self.supervisor = Supervisor(store, base, admin_url, engine, calibrated=calibrated)
         self.jobs = JobService(
             store,
             base,
@@ -73,7 +80,7 @@ class Background:
             AllowedPaths(roots),
             self.supervisor,
             why_not_live=lambda: _why_not_live(control),
-            has_statistics=has_statistics,
+            why_no_statistics=lambda: _why_no_statistics(calibration),
         )
 
     def keys(self, others: Callable[[], Sequence[bytes]]) -> Callable[[], Sequence[bytes]]:
@@ -88,4 +95,15 @@ def _why_not_live(control: ControlPlane) -> str:
         return str(error)
     except ConflictError:  # its variants are being restored: soon
         return ""
+    return ""
+
+
+async def _why_no_statistics(calibration: LiveCalibration | None) -> str:
+    if calibration is None:
+        return "this server does not count (docs/live-calibration.md)"
+    try:
+        await calibration.poll()
+        calibration.statistics()
+    except (DataError, EngineError) as error:
+        return str(error)
     return ""

@@ -42,8 +42,8 @@ class Surroundings:
     """Digests of files that earlier jobs measured as test sets, and which job that was."""
     why_not_live: str = ""
     """Why plans cannot be tried out on the serving engine; empty if they can."""
-    statistics: bool = False
-    """There are live statistics."""
+    why_no_statistics: str = ""
+    """Why there are no live statistics; empty if there are."""
     prompts: bool = False
     """There are kept prompts."""
 
@@ -169,11 +169,8 @@ def _check_source(request: JobRequest, around: Surroundings) -> None:
                 f"source: found statistics, expected data or prompts: method {method.name} reads "
                 f"the rows themselves"
             )
-        if not around.statistics:
-            raise DataError(
-                "source: found no live statistics: expected a server that has counted some tokens "
-                "(docs/live-calibration.md)"
-            )
+        if around.why_no_statistics:
+            raise DataError(f"source: found no live statistics: {around.why_no_statistics}")
     if source.prompts is not None and not around.prompts:
         raise DataError(
             "source: found no kept prompts, expected a server started with --keep-prompts that "

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from liveprune.pruning.errors import LiveprunError
+from liveprune.pruning.files import write_atomic
 from liveprune.server.admin_client import AdminClient, AdminConflictError
 from liveprune.server.jobs.request import StoredRequest
 from liveprune.server.jobs.run import Outcome
@@ -31,6 +33,7 @@ def publish(
     stored: StoredRequest,
     outcome: Outcome,
     check: Callable[[], None],
+    calibrated: Path | None,
 ) -> dict[str, Any]:
     """Store plan, scores and variant; make it live where that was asked for.
 
@@ -41,6 +44,8 @@ def publish(
         stored: its request.
         outcome: what it found.
         check: raises once the job is to stop.
+        calibrated: folder that gets the statistics that the plan was made from, to tell how far
+            traffic has moved from them; None keeps none.
 
     Returns:
         The job's result, as JSON: ``digest``, ``tag``, ``experts`` kept in all layers and ``of``
@@ -53,6 +58,8 @@ def publish(
     """
     plan, request = outcome.plan, stored.request
     size = store.plans.save(plan)
+    if calibrated is not None and outcome.statistics is not None:
+        write_atomic(calibrated / f"{plan.digest}.safetensors", outcome.statistics.read_bytes())
     _record(store, job, stored, outcome)
     lineage = {
         "method": plan.lineage.method,

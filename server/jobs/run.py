@@ -30,6 +30,8 @@ from liveprune.server.jobs.request import JobRequest, StoredRequest
 from liveprune.server.jobs.tracker import Tracker
 
 SEARCH_FOLDER = "search"
+PASSES_FOLDER = "statistics"
+"""Results of observer passes."""
 PROMPTS_FOLDER = "prompts"
 
 Scores = Mapping[str, Mapping[str, Any]]
@@ -46,6 +48,8 @@ class Outcome:
     scores: Mapping[str, Scores]
     """By ``dev``, ``test``: of the rows that there are."""
     measure: str | None
+    statistics: Path | None = None
+    """What the plan was made from, where it was one set of statistics."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +131,7 @@ class Work:
             seed=request.seed,
             allocate=request.allocate,
             max_rows=request.max_rows,
-            statistics_cache=self.assignment.folder / "statistics",
+            statistics_cache=self.assignment.folder / PASSES_FOLDER,
             progress=tracker.steps("plan"),
             **learned,
         )
@@ -142,7 +146,13 @@ class Work:
                     scores[name] = measured(task, engine, plan)
         found = {name: x["plan"]["mean"] for name, x in scores.items()}
         lineage = dataclasses.replace(plan.lineage, scores={**plan.lineage.scores, **found})
-        return Outcome(dataclasses.replace(plan, lineage=lineage), scores, materials.measure)
+        passes = list((self.assignment.folder / PASSES_FOLDER).glob("*.safetensors"))
+        return Outcome(
+            dataclasses.replace(plan, lineage=lineage),
+            scores,
+            materials.measure,
+            materials.statistics or (passes[0] if len(passes) == 1 else None),
+        )
 
     def _tasks(self, materials: Materials, *, train: bool) -> dict[str, Task]:
         if materials.measure is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class JobService:
         supervisor: Supervisor,
         *,
         why_not_live: Callable[[], str],
-        has_statistics: Callable[[], bool],
+        why_no_statistics: Callable[[], Awaitable[str]],
     ) -> None:
         """Args:
         store: of the model.
@@ -45,14 +45,14 @@ class JobService:
         paths: what requests may name.
         supervisor: has the jobs done.
         why_not_live: why plans cannot be tried out on the serving engine; empty if they can.
-        has_statistics: whether some live statistics are there.
+        why_no_statistics: why there are no live statistics; empty if there are.
         """
         self._store, self._base, self._control = store, base, control
         self._paths, self._supervisor = paths, supervisor
         self._starting = (
             asyncio.Lock()
         )  # of two with one key, or one tag, the second sees the first
-        self._why_not_live, self._has_statistics = why_not_live, has_statistics
+        self._why_not_live, self._why_no_statistics = why_not_live, why_no_statistics
 
     async def start(self, request: JobRequest, *, key: str | None, who: str) -> Job:
         """Check a request and queue its job; the same ``key`` gives the same job.
@@ -88,7 +88,9 @@ class JobService:
             self._paths,
             tested=await asyncio.to_thread(self._tested),
             why_not_live=self._why_not_live(),
-            statistics=self._has_statistics(),
+            why_no_statistics=(
+                await self._why_no_statistics() if request.source.statistics else ""
+            ),
             prompts=any((self._store.files / PROMPTS_FOLDER).glob("*.jsonl")),
         )
         checked = await asyncio.to_thread(check_request, request, around)

@@ -75,6 +75,7 @@ class Supervisor:
         *,
         lease: float = LEASE,
         poll: float = POLL,
+        calibrated: Path | None = None,
         spawn: Spawn | None = None,
     ) -> None:
         """Args:
@@ -84,11 +85,13 @@ class Supervisor:
         engine: the serving one.
         lease: seconds.
         poll: seconds between two looks at store and worker.
+        calibrated: folder for the statistics that plans were made from.
         spawn: starts a worker's process with its log file; None: a real one.
         """
         self._store, self._base, self._admin_url = store, base, admin_url
         self._engine = engine
         self._lease, self._poll = lease, poll
+        self._calibrated = None if calibrated is None else str(calibrated.resolve())
         self._spawn = spawn or spawn_worker
         self._running: _Running | None = None
         self._crashes = 0
@@ -198,6 +201,7 @@ class Supervisor:
             base=str(self._base.resolve()),
             admin_url=self._admin_url,
             admin_key=key,
+            calibrated=self._calibrated,
         )
         folder = job_folder(store.files, job.id)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ from liveprune.server.jobs.run import Work
 from liveprune.server.jobs.tracker import Tracker
 from liveprune.server.store.jobs import Job, JobState, LeaseLostError
 from liveprune.server.store.store import Store
+from liveprune.server.variant import FULL
 
 NICENESS = 19
 GRACE = 10.0
@@ -102,10 +104,12 @@ class Worker:
         meter = Meter(job.cost, lambda cost: self._heart.tell(cost=cost))
         with self._client() as client:
             work = Work(
-                stored, assignment, self._heart, meter, lambda: client.fetch("statistics/file")
+                stored, assignment, self._heart, meter, lambda: client.statistics_file(FULL)
             )
             outcome = work.run()
-            found = publish(self._store, client, job, stored, outcome, Tracker(self._heart).check)
+            check = Tracker(self._heart).check
+            calibrated = None if assignment.calibrated is None else Path(assignment.calibrated)
+            found = publish(self._store, client, job, stored, outcome, check, calibrated)
         self._heart.tell(cost=meter.cost)
         return found
 

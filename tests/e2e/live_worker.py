@@ -39,6 +39,7 @@ class LiveJob:
             resident_slot=1 if job.get("resident") else 0,
             resident_plan=job["plans"][job["resident"]] if job.get("resident") else None,
             required=True,
+            **job.get("config", {}),
         )
         self.llm = LLM(
             job["model"],
@@ -127,7 +128,7 @@ class LiveJob:
     def refusals(self) -> dict[str, str]:
         """What each wrong operation is answered with; none of them may change anything."""
         plans, worker = self.job["plans"], self.core.model_executor.driver_worker.worker
-        layer = worker.liveprune_worker._layers[0]
+        layer = worker.liveprune_worker.layers[0]
         live = self.slots["uniform"]
         found = {
             "unknown slot": self.error("publish", slot=FREE),

@@ -51,6 +51,9 @@ class FakeDirectory:
     def resolve(self, model: str) -> Served | None:
         return self.live.get(self.alias.name if model in (NAME, ALIAS_TOO) else model)
 
+    def counts(self, model: str) -> bool:
+        return model in (NAME, ALIAS_TOO)
+
     def pin(self, served: Served) -> None:
         self.pins[served.name] += 1
 

@@ -87,8 +87,10 @@ def run(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]) -> Run
     return runs
 
 
-def extra(served: Served) -> dict[str, Any]:
-    return {EXTRA_ARG: {"slot": served.slot, "salt": served.salt}}
+def extra(served: Served, *, alias: bool = False) -> dict[str, Any]:
+    """What a request carries; live statistics count those of the alias."""
+    counted = {"count": True} if alias else {}
+    return {EXTRA_ARG: {**counted, "slot": served.slot, "salt": served.salt}}
 
 
 def test_every_endpoint_serves_the_variant_that_the_name_stands_for(
@@ -103,7 +105,8 @@ def test_every_endpoint_serves_the_variant_that_the_name_stands_for(
                 said = (answer.status_code, answer.json().get("model"), answer.headers.get(HEADER))
                 assert said == (200, served.name, served.name), (endpoint, answer.text)
                 assert front.core.carried, endpoint
-                assert all(carried == extra(served) for carried in front.core.carried), endpoint
+                right = extra(served, alias=name in (NAME, ALIAS_TOO))
+                assert all(carried == right for carried in front.core.carried), endpoint
         assert directory.pins == directory.unpins
         assert directory.pins.total() == len(ENDPOINTS) * len(names)
 
@@ -152,7 +155,7 @@ def test_no_model_is_the_bare_name(
 ) -> None:
     async def test(front: FrontEnd) -> None:
         answer = await front.post("/v1/completions", {"prompt": "abc", **ONE, **body})
-        assert (answer.json()["model"], front.core.carried) == (E4.name, [extra(E4)])
+        assert (answer.json()["model"], front.core.carried) == (E4.name, [extra(E4, alias=True)])
 
     run(test)
 
@@ -206,7 +209,7 @@ def test_the_alias_may_move_in_the_middle_of_a_request(run: Run, directory: Fake
         front.state.openai_serving_chat.online_renderer.render_chat = render_chat
         path, body = ENDPOINTS["chat"]
         answer = await front.post(path, {"model": NAME, **body})
-        assert (answer.json()["model"], front.core.carried) == (E4.name, [extra(E4)])
+        assert (answer.json()["model"], front.core.carried) == (E4.name, [extra(E4, alias=True)])
         assert directory.pins == directory.unpins == Counter({E4.name: 1})
         answer = await front.post(path, {"model": NAME, **body})
         assert answer.json()["model"] == E2.name
@@ -301,7 +304,7 @@ def test_a_background_response_keeps_its_variant_until_it_is_done(
         assert directory.held == Counter({E4.name: 1})
         (task,) = front.state.openai_serving_responses.background_tasks.values()
         request = await front.core.arrivals.get()
-        assert front.core.carried == [extra(E4)]
+        assert front.core.carried == [extra(E4, alias=True)]
         front.core.answer(request)
         await task
         await asyncio.sleep(0)  # callbacks of the task

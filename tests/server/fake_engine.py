@@ -18,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
+from liveprune.patches.live_counts import VariantCounts
 from liveprune.patches.live_types import (
     EngineMemory,
     FillProgress,
@@ -39,7 +40,7 @@ Row = tuple[int, int]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-READS = ("progress", "golden", "memory", "kv")
+READS = ("progress", "golden", "memory", "kv", "statistics")
 METHODS = (
     "prepare",
     "progress",
@@ -55,6 +56,7 @@ METHODS = (
     "score",
     "forget_scores",
     "generate",
+    "statistics",
 )
 EXPERTS = 8
 LAYERS = 3
@@ -189,6 +191,8 @@ class FakeEngine:
         """Times that a live slot named a row that was not resident: must stay empty."""
         self.salts: list[str | None] = []
         """Of every canary question."""
+        self.counts: dict[str, VariantCounts] = {}
+        """What ``statistics`` answers."""
         self.by_priority = True
         self.reference: tuple[TokenRow, ...] = ()
         """What ``keep_reference`` has kept."""
@@ -351,6 +355,10 @@ class FakeEngine:
         end: Collection[int],
     ) -> list[tuple[int, ...]]:
         return [(int(self._plan_number(variant)), max_tokens, *sorted(end)) for _ in prompts]
+
+    @operation
+    def statistics(self) -> dict[str, VariantCounts]:
+        return dict(self.counts)
 
     @operation
     def memory(self) -> EngineMemory:

@@ -32,6 +32,9 @@ class OneVariant:
     def resolve(self, model: str) -> Served | None:
         return SERVED if model == "m" else None
 
+    def counts(self, model: str) -> bool:
+        return model == "m"
+
     def pin(self, served: Served) -> None:
         assert served is SERVED
         self.count["pin"] += 1

@@ -65,7 +65,7 @@ def test_a_good_request_gets_absolute_paths_and_digests() -> None:
     ],
 )
 def test_every_kind_of_method_and_source_passes(good: dict[str, Any]) -> None:
-    check_request(request(**good), around(statistics=True, prompts=True))
+    check_request(request(**good), around(prompts=True))
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,14 @@ def test_what_cannot_work_is_refused(
     bad: dict[str, Any], kind: type[Exception], match: str
 ) -> None:
     with pytest.raises(kind, match=match):
-        check_request(request(**bad), around(statistics=True))
+        check_request(request(**bad), around())
 
 
 def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(DataError, match="found no live statistics"):
-        check_request(request(source={"statistics": "live"}), around())
+        check_request(
+            request(source={"statistics": "live"}), around(why_no_statistics="none counted")
+        )
     with pytest.raises(DataError, match="found no kept prompts"):
         check_request(request(source={"prompts": "kept"}), around())
     with pytest.raises(IncompatibleEnvironmentError, match="no priority scheduler"):

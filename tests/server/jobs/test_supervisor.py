@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from liveprune.pruning.calibration.statistics import RoutingStatistics
 from liveprune.pruning.demo import model_path
 from liveprune.pruning.evaluation.task import load_task
 from liveprune.pruning.evaluation.transformers_engine import TransformersEngine
@@ -76,9 +77,11 @@ def test_a_one_pass_job_becomes_a_variant_with_lineage_and_scores(tmp_path: Path
         assert job.cost["tokens"] > 0
         assert job.cost["cpu_seconds"] > 0
         assert 0.25 in world.engine.calls
+        kept = RoutingStatistics.load(tmp_path / "calibrated" / f"{plan.digest}.safetensors")
+        assert kept.calibration == plan.lineage.calibration
         assert "key" not in world.log(job.id)
 
-    run(tmp_path, test)
+    run(tmp_path, test, calibrated=tmp_path / "calibrated")
 
 
 def test_a_killed_worker_goes_on_to_the_same_plan(tmp_path: Path) -> None:
