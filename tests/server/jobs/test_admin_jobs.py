@@ -48,7 +48,7 @@ class Site:
         )
         self.audit = AuditLog(self.store)
         keys = self.background.keys(lambda: [key_digest(KEY)])
-        self.metrics = LiveMetrics(self.control, self.background.jobs.newest)
+        self.metrics = LiveMetrics(self.control, jobs=self.background.jobs.newest)
         self.app: FastAPI = make_app(
             self.control,
             keys=keys,
