@@ -154,6 +154,11 @@ def installed() -> Directory | None:
     return _directory
 
 
+def current() -> Admission | None:
+    """The admission of the request that is being answered here; None outside of one."""
+    return _admission.get()
+
+
 @contextmanager
 def admitting() -> Iterator[Admission]:
     """Open the admission of one HTTP request; tasks that are started inside share it."""

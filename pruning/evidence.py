@@ -13,6 +13,7 @@ from liveprune.pruning.calibration.statistics import RoutingStatistics
 from liveprune.pruning.calibration.weights import Weights
 from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.errors import DataError
+from liveprune.pruning.given_statistics import load_given
 from liveprune.pruning.methods.method import Method
 from liveprune.pruning.model_spec import ModelSpec
 
@@ -29,6 +30,8 @@ class Calibration:
     """``cpu`` or a CUDA device."""
     cache: Path | None = None
     """Folder that keeps the results of passes."""
+    statistics: Path | None = None
+    """File with the result of a pass, or of live traffic, in place of rows."""
 
     def check(self) -> None:
         """Refuse a device that is not there, and a cache that is no folder.
@@ -54,12 +57,14 @@ class Evidence:
     corpora: tuple[Rows, ...]
     """The rows of each file, or all in one where the method takes one set."""
     statistics: tuple[RoutingStatistics, ...]
-    """Of each of ``corpora``."""
+    """Of each of ``corpora``; one that was given has none."""
     weights: Weights | None
 
     @property
     def digest(self) -> str | None:
-        """Of the rows as tokenised."""
+        """Of the rows as tokenised, or as the statistics were given."""
+        if self.statistics and not self.corpora:
+            return self.statistics[0].calibration
         if len(self.corpora) <= 1:
             return self.corpora[0].digest if self.corpora else None
         joined = "".join(rows.digest for rows in self.corpora)
@@ -82,6 +87,8 @@ def gather(
         CheckpointError: the weights are missing, damaged or quantised.
     """
     needs_pass = method.needs_statistics or statistics
+    if calibration.statistics is not None and (needs_pass or method.reads_rows):
+        return _given(model, spec, method, calibration, calibration.statistics, statistics)
     needs_rows = method.needs_calibration or needs_pass
     if needs_rows:
         calibration.check()
@@ -91,6 +98,23 @@ def gather(
     if needs_pass:
         found = [_observed(model, x, calibration, method.needs, progress) for x in corpora]
     return Evidence(corpora, tuple(found), weights)
+
+
+def _given(
+    model: Path,
+    spec: ModelSpec,
+    method: Method,
+    calibration: Calibration,
+    path: Path,
+    super_experts: bool,
+) -> Evidence:
+    if calibration.files:
+        raise DataError(
+            f"found calibration rows and the statistics {path}, expected one of the two"
+        )
+    found = load_given(path, model, spec, method, super_experts=super_experts)
+    weights = Weights(model, spec) if method.reads_weights else None
+    return Evidence((), (found,), weights)
 
 
 def _corpora(

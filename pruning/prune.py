@@ -48,6 +48,7 @@ def make_plan(
     max_rows: int = MAX_ROWS,
     device: str = "cpu",
     statistics_cache: Path | None = None,
+    statistics: Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Make the plan that ``method`` gives for ``model`` under a budget, or at ``tau``.
@@ -82,6 +83,8 @@ def make_plan(
         device: Where the observer pass runs: ``cpu`` or a CUDA device.
         statistics_cache: Folder in which the observer pass's result is kept, by model and rows,
             and found again by every method.
+        statistics: In place of ``calibration``: a file of statistics, e.g. of live traffic; methods
+            that need more than it holds are refused.
         progress: Called with (done, total) steps of the pass.
 
     Raises:
@@ -130,7 +133,9 @@ def make_plan(
         model,
         spec,
         chosen,
-        Calibration(as_files(calibration), max_tokens, max_rows, device, statistics_cache),
+        Calibration(
+            as_files(calibration), max_tokens, max_rows, device, statistics_cache, statistics
+        ),
         statistics=keep_super_experts,
         progress=progress,
     )

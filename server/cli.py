@@ -152,6 +152,17 @@ def serve(
     statistics_half_life: Annotated[
         float, typer.Option(min=0.01, help="Hours in which a count loses half its weight.")
     ] = 24,
+    keep_prompts: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests whose text is kept; default 0.")
+    ] = 0,
+    keep_prompts_max: Annotated[int, typer.Option(min=1, help="Most of them; old ones go.")] = 1000,
+    keep_prompts_days: Annotated[
+        float, typer.Option(min=0.01, help="Days after which they are deleted.")
+    ] = 7,
+    redact: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Replaced in kept text by [redacted]; repeatable."),
+    ] = None,
 ) -> None:
     """Serve MODEL behind vLLM's OpenAI API; every `vllm serve` flag is passed through.
 
@@ -159,7 +170,13 @@ def serve(
     --max-model-len, --tensor-parallel-size, --api-key.
     """
     from liveprune.server.admin_key import default_state_folder
-    from liveprune.server.live_options import LiveOptions, StatisticsOptions, parse_bytes
+    from liveprune.server.kept_prompts import redactions
+    from liveprune.server.live_options import (
+        LiveOptions,
+        PromptOptions,
+        StatisticsOptions,
+        parse_bytes,
+    )
     from liveprune.server.serve import check_model, check_plugin_enabled
     from liveprune.server.serve import serve as run
 
@@ -187,6 +204,9 @@ def serve(
             every=statistics_every,
             interval=statistics_interval,
             half_life=3600 * statistics_half_life,
+        ),
+        prompts=PromptOptions(
+            keep_prompts, keep_prompts_max, keep_prompts_days, redactions(redact or ())
         ),
     )
     if options.insists and not live:

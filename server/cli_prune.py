@@ -27,7 +27,7 @@ from liveprune.server.cli_options import (
 SEARCH = "eep"
 ONE_PASS_OPTIONS = (
     *("tau", "nmi", "calibration", "allocate", "skip_layers", "keep_super_experts"),
-    *("max_tokens", "device", "statistics_cache", "router"),
+    *("max_tokens", "device", "statistics_cache", "statistics", "router"),
     *("target_memory", "min_experts", "max_experts", "snap"),
 )
 EEP_OPTIONS = ("preset", "groups", "merge", "start")
@@ -119,6 +119,10 @@ def prune(
     device: Annotated[str, typer.Option(help="Where calibration runs: cpu or cuda.")] = "cpu",
     statistics_cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps calibration results for later calls.")
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="In place of --calibration: a file of `liveprune statistics -o`."),
     ] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Write the plan, not a checkpoint.")
@@ -321,6 +325,7 @@ def prune(
                     max_rows=max_rows,
                     device=device,
                     statistics_cache=statistics_cache,
+                    statistics=statistics,
                     progress=update,
                 )
     if plan_only:

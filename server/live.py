@@ -25,6 +25,8 @@ from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
 from liveprune.server.jobs.background import Background, LiveBackground, NoLiveBackground
+from liveprune.server.kept_prompts import FOLDER as PROMPTS
+from liveprune.server.kept_prompts import KeptPrompts
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_options import LiveOptions, remember_resident
 from liveprune.server.memory_budget import total_bytes
@@ -89,6 +91,16 @@ class LiveServer:
             calibration = None
             if front.engine is not None and isinstance(control, Control):
                 calibration = await self._calibration(front.engine, control, stack)
+            prompts = self._options.prompts
+            await stack.enter_async_context(
+                KeptPrompts(
+                    self._folder.path,
+                    share=prompts.share,
+                    most=prompts.most,
+                    days=prompts.days,
+                    redact=prompts.redact,
+                ).running()
+            )
             background = self._background(control, front.engine, calibration)
             metrics = live_metrics.LiveMetrics(control, calibration, background.jobs.newest)
             await stack.enter_async_context(live_metrics.published(metrics))
@@ -136,6 +148,7 @@ class LiveServer:
             self._roots,
             admin_url=admin_server.local_url(self._listener),
             engine=serving,
+            prompts=self._folder.path / PROMPTS,
             calibration=calibration,
         )
 

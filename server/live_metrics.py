@@ -148,8 +148,8 @@ class LiveMetrics:
         yield from _variant_metrics(status)
         yield from _engine_metrics(status)
         yield from self._operation_metrics(self._model)
-        yield from job_metrics(self._model, self._jobs)
         yield from calibration_metrics(self._calibration, self._model)
+        yield from job_metrics(self._model, self._jobs)
 
     def _count(self, operations: Sequence[Operation]) -> None:
         """Count each operation once, when it has ended."""

@@ -44,6 +44,17 @@ class StatisticsOptions:
 
 
 @dataclass(frozen=True)
+class PromptOptions:
+    """Which of the users' prompts are kept."""
+
+    share: float = 0.0
+    """Of the requests to the alias; 0: none."""
+    most: int = 1000
+    days: float = 7.0
+    redact: Sequence[re.Pattern[str]] = ()
+
+
+@dataclass(frozen=True)
 class LiveOptions:
     """As given on the command line."""
 
@@ -72,6 +83,7 @@ class LiveOptions:
     replica: str | None = None
     """Name of this server among those that share the database; None: the host's."""
     statistics: StatisticsOptions = StatisticsOptions()
+    prompts: PromptOptions = PromptOptions()
 
     @property
     def insists(self) -> bool:

@@ -35,6 +35,8 @@ from liveprune.server.rebuild_thread import beside
 from liveprune.server.state_folder import StateFolder
 
 MIDDLEWARE = (
+    # The last is the outermost: it opens the admission that the first one looks at.
+    "liveprune.server.prompt_middleware.PromptMiddleware",
     "liveprune.server.openai_errors.OpenAIErrorMiddleware",
     "liveprune.server.variant_middleware.VariantMiddleware",
 )

@@ -34,7 +34,9 @@ class Assignment:
     admin_url: str
     admin_key: str
     """Opens the admin API for this worker alone, until it ends."""
-    calibrated: str | None = None
+    prompts: str
+    """Folder of the kept prompts."""
+    calibrated: str | None
     """Folder for the statistics that plans were made from, by the plans' digests."""
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from liveprune.pruning.errors import (
     ConflictError,
     DataError,
-    EngineError,
     IncompatibleEnvironmentError,
 )
 from liveprune.server.allowed_paths import AllowedPaths
@@ -60,6 +60,7 @@ class Background:
         *,
         admin_url: str,
         engine: LiveBackground | NoLiveBackground,
+        prompts: Path,
         calibration: LiveCalibration | None = None,
     ) -> None:
         """Args:
@@ -69,10 +70,13 @@ class Background:
         roots: folders that rows may lie in.
         admin_url: where a worker of this machine reaches the admin API.
         engine: the serving one.
+        prompts: folder of the kept prompts.
         calibration: live statistics; None where nothing is counted.
         """
         calibrated = None if calibration is None else calibration.calibrated
-        self.supervisor = Supervisor(store, base, admin_url, engine, calibrated=calibrated)
+        self.supervisor = Supervisor(
+            store, base, admin_url, engine, prompts=prompts, calibrated=calibrated
+        )
         self.jobs = JobService(
             store,
             base,
@@ -80,7 +84,8 @@ class Background:
             AllowedPaths(roots),
             self.supervisor,
             why_not_live=lambda: _why_not_live(control),
-            why_no_statistics=lambda: _why_no_statistics(calibration),
+            live_statistics=lambda: _statistics(calibration),
+            prompts=prompts,
         )
 
     def keys(self, others: Callable[[], Sequence[bytes]]) -> Callable[[], Sequence[bytes]]:
@@ -98,12 +103,14 @@ def _why_not_live(control: ControlPlane) -> str:
     return ""
 
 
-async def _why_no_statistics(calibration: LiveCalibration | None) -> str:
+async def _statistics(calibration: LiveCalibration | None) -> bytes:
+    """What the full model answered lately, as a file's content.
+
+    Raises:
+        DataError: nothing was counted.
+        EngineError: the engine does not answer.
+    """
     if calibration is None:
-        return "this server does not count (docs/live-calibration.md)"
-    try:
-        await calibration.poll()
-        calibration.statistics()
-    except (DataError, EngineError) as error:
-        return str(error)
-    return ""
+        raise DataError("this server does not count (docs/live-calibration.md)")
+    await calibration.poll()
+    return await asyncio.to_thread(calibration.statistics().to_bytes)

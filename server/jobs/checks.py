@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from liveprune.pruning.errors import (
 )
 from liveprune.pruning.evaluation.measures import measure_of
 from liveprune.pruning.evaluation.task import load_task
+from liveprune.pruning.given_statistics import load_given
 from liveprune.pruning.memory_target import budget_for, costs_of
 from liveprune.pruning.methods import Method, find_method
 from liveprune.pruning.methods.moeits_plan import check_options
@@ -42,8 +44,10 @@ class Surroundings:
     """Digests of files that earlier jobs measured as test sets, and which job that was."""
     why_not_live: str = ""
     """Why plans cannot be tried out on the serving engine; empty if they can."""
-    why_no_statistics: str = ""
-    """Why there are no live statistics; empty if there are."""
+    statistics: bytes | None = None
+    """The live statistics as a file's content."""
+    why_no_statistics: str = "none were asked for"
+    """Why there are none."""
     prompts: bool = False
     """There are kept prompts."""
 
@@ -163,19 +167,22 @@ def _check_source(request: JobRequest, around: Surroundings) -> None:
                 f"source: found statistics, expected data or prompts for method {SEARCH}, which "
                 f"scores answers to rows"
             )
-        method = find_method(request.method)
-        if method.reads_rows or method.from_corpora is not None:
-            raise DataError(
-                f"source: found statistics, expected data or prompts: method {method.name} reads "
-                f"the rows themselves"
-            )
-        if around.why_no_statistics:
-            raise DataError(f"source: found no live statistics: {around.why_no_statistics}")
+        _check_statistics(request, around)
     if source.prompts is not None and not around.prompts:
         raise DataError(
             "source: found no kept prompts, expected a server started with --keep-prompts that "
             "has answered some"
         )
+
+
+def _check_statistics(request: JobRequest, around: Surroundings) -> None:
+    if around.statistics is None:
+        raise DataError(f"source: found no live statistics: {around.why_no_statistics}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "live-statistics"
+        path.write_bytes(around.statistics)
+        method, spec = find_method(request.method), ModelSpec.from_path(around.model)
+        load_given(path, around.model, spec, method, super_experts=False)
 
 
 def _files(request: JobRequest, around: Surroundings) -> dict[str, Path]:

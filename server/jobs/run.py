@@ -32,7 +32,6 @@ from liveprune.server.jobs.tracker import Tracker
 SEARCH_FOLDER = "search"
 PASSES_FOLDER = "statistics"
 """Results of observer passes."""
-PROMPTS_FOLDER = "prompts"
 
 Scores = Mapping[str, Mapping[str, Any]]
 """By ``plan``, ``full`` (fields of ``search.result.Score``) and, where both could be scored,
@@ -82,7 +81,7 @@ class Work:
         materials = gather(
             self.stored,
             self.assignment.folder,
-            self.assignment.files_path / PROMPTS_FOLDER,
+            Path(self.assignment.prompts),
             self.fetch_statistics,
         )
         if self.request.searches:

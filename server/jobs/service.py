@@ -7,14 +7,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from liveprune.pruning.errors import ConflictError
+from liveprune.pruning.errors import ConflictError, DataError, EngineError
 from liveprune.server.admin_errors import TakenVariantError
 from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.control_plane import ControlPlane
 from liveprune.server.jobs.assignment import job_folder
 from liveprune.server.jobs.checks import Surroundings, check_request
 from liveprune.server.jobs.request import JobRequest, StoredRequest
-from liveprune.server.jobs.run import PROMPTS_FOLDER
 from liveprune.server.jobs.supervisor import LOG_FILE, SWITCH, Supervisor
 from liveprune.server.store.jobs import Job
 from liveprune.server.store.store import Store
@@ -36,7 +35,8 @@ class JobService:
         supervisor: Supervisor,
         *,
         why_not_live: Callable[[], str],
-        why_no_statistics: Callable[[], Awaitable[str]],
+        live_statistics: Callable[[], Awaitable[bytes]],
+        prompts: Path,
     ) -> None:
         """Args:
         store: of the model.
@@ -45,14 +45,16 @@ class JobService:
         paths: what requests may name.
         supervisor: has the jobs done.
         why_not_live: why plans cannot be tried out on the serving engine; empty if they can.
-        why_no_statistics: why there are no live statistics; empty if there are.
+        live_statistics: gives them as a file's content; DataError or EngineError if there are none.
+        prompts: folder of the kept prompts.
         """
         self._store, self._base, self._control = store, base, control
         self._paths, self._supervisor = paths, supervisor
         self._starting = (
             asyncio.Lock()
         )  # of two with one key, or one tag, the second sees the first
-        self._why_not_live, self._why_no_statistics = why_not_live, why_no_statistics
+        self._why_not_live, self._live_statistics = why_not_live, live_statistics
+        self._prompts = prompts
 
     async def start(self, request: JobRequest, *, key: str | None, who: str) -> Job:
         """Check a request and queue its job; the same ``key`` gives the same job.
@@ -83,15 +85,20 @@ class JobService:
                 "expected another"
             )
         await asyncio.to_thread(self._store.check_room)
+        statistics, why = None, ""
+        if request.source.statistics is not None:
+            try:
+                statistics = await self._live_statistics()
+            except (DataError, EngineError) as error:
+                why = str(error)
         around = Surroundings(
             self._base,
             self._paths,
             tested=await asyncio.to_thread(self._tested),
             why_not_live=self._why_not_live(),
-            why_no_statistics=(
-                await self._why_no_statistics() if request.source.statistics else ""
-            ),
-            prompts=any((self._store.files / PROMPTS_FOLDER).glob("*.jsonl")),
+            statistics=statistics,
+            why_no_statistics=why,
+            prompts=any(self._prompts.glob("*.jsonl")),
         )
         checked = await asyncio.to_thread(check_request, request, around)
         stored = StoredRequest(

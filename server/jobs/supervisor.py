@@ -75,6 +75,7 @@ class Supervisor:
         *,
         lease: float = LEASE,
         poll: float = POLL,
+        prompts: Path,
         calibrated: Path | None = None,
         spawn: Spawn | None = None,
     ) -> None:
@@ -85,12 +86,14 @@ class Supervisor:
         engine: the serving one.
         lease: seconds.
         poll: seconds between two looks at store and worker.
+        prompts: folder of the kept prompts.
         calibrated: folder for the statistics that plans were made from.
         spawn: starts a worker's process with its log file; None: a real one.
         """
         self._store, self._base, self._admin_url = store, base, admin_url
         self._engine = engine
         self._lease, self._poll = lease, poll
+        self._prompts = str(prompts.resolve())
         self._calibrated = None if calibrated is None else str(calibrated.resolve())
         self._spawn = spawn or spawn_worker
         self._running: _Running | None = None
@@ -201,6 +204,7 @@ class Supervisor:
             base=str(self._base.resolve()),
             admin_url=self._admin_url,
             admin_key=key,
+            prompts=self._prompts,
             calibrated=self._calibrated,
         )
         folder = job_folder(store.files, job.id)

@@ -73,7 +73,7 @@ class JobWorld:
             model_path(),
             "http://127.0.0.1:1",
             self.engine,
-            **{"lease": 3.0, "poll": 0.05, **options},
+            **{"lease": 3.0, "poll": 0.05, "prompts": folder / "prompts", **options},
         )
 
     def add(self, **changes: Any) -> str:

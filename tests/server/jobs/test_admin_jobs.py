@@ -45,6 +45,7 @@ class Site:
             roots,
             admin_url="http://nowhere",
             engine=NoLiveBackground(),
+            prompts=folder / "prompts",
         )
         self.audit = AuditLog(self.store)
         keys = self.background.keys(lambda: [key_digest(KEY)])

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from liveprune.pruning.calibration.statistics import LayerStatistics, RoutingStatistics
+from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.demo import model_path, rows_path
 from liveprune.pruning.errors import (
     DataError,
@@ -38,6 +41,17 @@ def around(**changes: Any) -> Surroundings:
     return Surroundings(model_path(), paths, **changes)
 
 
+def counted() -> bytes:
+    """Live statistics of a server that samples no outputs."""
+    sums = np.full((8, 3, 3), np.nan)
+    sums[:, :, 0] = np.arange(24).reshape(8, 3)
+    unknown = np.full(8, np.nan)
+    layer = LayerStatistics(sums, unknown, unknown)
+    return RoutingStatistics(
+        dict.fromkeys(range(4), layer), 100, "live", fingerprint_model(model_path())
+    ).to_bytes()
+
+
 def test_a_good_request_gets_absolute_paths_and_digests() -> None:
     asked = request(
         source={"data": "sort.train.jsonl"}, dev="sort.dev.jsonl", test="sort.test.jsonl"
@@ -65,7 +79,7 @@ def test_a_good_request_gets_absolute_paths_and_digests() -> None:
     ],
 )
 def test_every_kind_of_method_and_source_passes(good: dict[str, Any]) -> None:
-    check_request(request(**good), around(prompts=True))
+    check_request(request(**good), around(prompts=True, statistics=counted()))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +123,8 @@ def test_what_contradicts_itself_is_no_request(bad: dict[str, Any], match: str) 
         ({"measure": "best"}, DataError, "best"),
         ({"measure": "choice", "dev": DEV}, DataError, "no choices"),
         ({"method": "eep", "source": {"statistics": "live"}}, DataError, "method eep"),
-        ({"method": "naee", "source": {"statistics": "live"}}, DataError, "reads the rows"),
+        ({"method": "naee", "source": {"statistics": "live"}}, DataError, "reads calibration rows"),
+        ({"method": "reap", "source": {"statistics": "live"}}, DataError, "reap: needs the exp"),
         ({"method": "eep", "experts": "8", "settings": {"merge": False}}, PlanError, "nothing"),
         ({"dev": SORT}, DataError, "dev: found the same rows as data"),
         ({"test": SORT}, DataError, "found a row of the test set"),
@@ -122,7 +137,7 @@ def test_what_cannot_work_is_refused(
     bad: dict[str, Any], kind: type[Exception], match: str
 ) -> None:
     with pytest.raises(kind, match=match):
-        check_request(request(**bad), around())
+        check_request(request(**bad), around(statistics=counted()))
 
 
 def test_what_is_not_there_is_refused() -> None:
