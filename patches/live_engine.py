@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Collection, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from liveprune.patches.admission import serving
 from liveprune.patches.live_config import LiveConfig
@@ -20,6 +22,7 @@ from liveprune.patches.live_types import (
     Served,
 )
 from liveprune.patches.request_scoring import SCORE_KEY, read_scores
+from liveprune.patches.user_traffic import CANDIDATE, UserTraffic
 from liveprune.pruning.errors import EngineError, IncompatibleEnvironmentError
 from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 
@@ -34,6 +37,12 @@ REFERENCE = "full-"
 T = TypeVar("T")
 
 
+class Gate(Protocol):
+    """Where requests of candidates wait for users (``server.background_gate``)."""
+
+    def place(self) -> AbstractAsyncContextManager[None]: ...
+
+
 class VLLMLiveEngine:
     """Sends operations to ``patches/live_core.py`` in the engine's process."""
 
@@ -42,6 +51,13 @@ class VLLMLiveEngine:
         self._client = client
         self._config = config
         self._calls = count()
+        self.gate: Gate | None = None
+        """None lets candidates in at any time, below user priority."""
+
+    @cached_property
+    def traffic(self) -> UserTraffic:
+        """What users ask of it."""
+        return UserTraffic(self._client)
 
     @property
     def slots(self) -> int:
@@ -195,7 +211,7 @@ class VLLMLiveEngine:
         places = asyncio.Semaphore(max(most, 1))
 
         async def one(request: Coroutine[Any, Any, T]) -> T:
-            async with places:
+            async with places, nullcontext() if self.gate is None else self.gate.place():
                 return await request
 
         try:
@@ -212,7 +228,7 @@ class VLLMLiveEngine:
         self, variant: Served, tokens: Sequence[int], sampling: Any, **extra: str
     ) -> tuple[int, ...]:
         """Answer one prompt below user traffic; whoever stops waiting aborts the request."""
-        name = f"candidate-{uuid.uuid4().hex}"
+        name = f"{CANDIDATE}{uuid.uuid4().hex}"
         if SCORE_KEY in extra:
             # What is written is never read again: it is only in the cache until it is evicted.
             variant = Served(variant.name, variant.slot, f"{name}:{variant.salt}")

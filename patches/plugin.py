@@ -26,6 +26,7 @@ from liveprune.patches import (
     live_support,
     model_cards,
     request_scoring,
+    user_traffic,
     weights,
 )
 from liveprune.patches.compat import Seam, check_seam, check_version
@@ -86,6 +87,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(admission.MODEL_NAME, admission.wrap_model_name),
     Patch(admission.CREATE_RESPONSES, admission.wrap_create_responses),
     Patch(admission.ADD_REQUEST, admission.wrap_add_request),
+    Patch(user_traffic.PROCESS_OUTPUTS, user_traffic.wrap_process_outputs),
     Patch(cache_salt.FROM_ENGINE_CORE_REQUEST, cache_salt.wrap_from_engine_core_request),
 )
 

@@ -18,7 +18,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.responses import JSONResponse
 
 from liveprune.pruning.errors import LiveprunError
-from liveprune.server import admin_candidates, admin_statistics
+from liveprune.server import admin_candidates, admin_jobs, admin_statistics
 from liveprune.server.admin_auth import AdminGate
 from liveprune.server.admin_changes import Admin
 from liveprune.server.admin_errors import add_error_handlers
@@ -38,6 +38,7 @@ from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog
 from liveprune.server.body_limit import BodyLimit
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.jobs.service import JobService
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_metrics import LiveMetrics
 from liveprune.server.operations import Operation
@@ -224,6 +225,7 @@ def make_app(
     audit: AuditLog,
     roots: Sequence[Path],
     metrics: LiveMetrics | None = None,
+    jobs: JobService | None = None,
     calibration: LiveCalibration | None = None,
 ) -> FastAPI:
     """Put the admin app together.
@@ -234,6 +236,7 @@ def make_app(
         audit: where mutations are recorded.
         roots: folders that plans may lie in (``allowed_paths.default_roots``).
         metrics: those that the public port shows as well; None makes some for this app alone.
+        jobs: background jobs; None where there is no store.
         calibration: statistics of live traffic; None where it is not counted.
     """
     app = FastAPI(
@@ -244,8 +247,8 @@ def make_app(
         generate_unique_id_function=lambda route: route.name,
     )
     shown = metrics or LiveMetrics(control)
-    app.state.admin = Admin(control, audit, AllowedPaths(roots), shown, calibration)
-    for each in (router, admin_candidates.router, admin_statistics.router):
+    app.state.admin = Admin(control, audit, AllowedPaths(roots), shown, jobs, calibration)
+    for each in (router, admin_candidates.router, admin_jobs.router, admin_statistics.router):
         app.include_router(
             each,
             prefix="/admin/v1",

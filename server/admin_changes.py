@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
@@ -19,9 +19,12 @@ from liveprune.server.admin_models import OperationBody
 from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog, Change
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.jobs.service import JobService
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_metrics import LiveMetrics
 from liveprune.server.operations import Operation
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Admin:
     audit: AuditLog
     paths: AllowedPaths
     metrics: LiveMetrics
+    jobs: JobService | None = None
+    """None where there is no store to keep them in."""
     calibration: LiveCalibration | None = None
     """None where live traffic is not counted."""
 
@@ -42,7 +47,22 @@ class Admin:
         parameters: Mapping[str, Any],
         run: Callable[[], Awaitable[Operation]],
     ) -> OperationBody:
-        """Record, do and record one mutation; nothing happens if it cannot be recorded."""
+        """Record, do and record one change that becomes an operation."""
+        operation = await self.recorded(request, parameters, run, lambda found: found.id)
+        response.headers["Location"] = f"/admin/v1/operations/{operation.id}"
+        return OperationBody.of(operation)
+
+    async def recorded(
+        self,
+        request: Request,
+        parameters: Mapping[str, Any],
+        run: Callable[[], Awaitable[T]],
+        name: Callable[[T], str],
+    ) -> T:
+        """Record, do and record one mutation; nothing happens if it cannot be recorded.
+
+        ``name``: the id of what came of it, for the audit log.
+        """
         asked = Change(
             who=request.state.who,
             remote=request.client.host if request.client else "unknown",
@@ -52,13 +72,12 @@ class Admin:
         )
         await self.audit.asked(asked)
         try:
-            operation = await run()
+            found = await run()
         except Exception as error:
             await self.audit.answered(asked, status_of(error), error=str(error))
             raise
-        await self.audit.answered(asked, 202, operation=operation.id)
-        response.headers["Location"] = f"/admin/v1/operations/{operation.id}"
-        return OperationBody.of(operation)
+        await self.audit.answered(asked, 202, operation=name(found))
+        return found
 
     async def tag(self, name: str) -> str:
         """The tag in ``tag`` or ``name:tag``."""

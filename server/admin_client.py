@@ -95,6 +95,39 @@ class AdminClient:
         """Decode under plans that nobody else sees (``candidate_models.Generate``)."""
         return self._call("POST", "generate", body, timeout=EVALUATION_TIMEOUT)
 
+    def start_job(self, request: Json) -> Json:
+        """Queue a background job (``jobs.request.JobRequest``); returns it."""
+        return self._call("POST", "jobs", request)
+
+    def jobs(self) -> list[Json]:
+        """The newest first."""
+        found: list[Json] = self._call("GET", "jobs")["jobs"]
+        return found
+
+    def job(self, job_id: str) -> Json:
+        """One job; the beginning of its id will do."""
+        return self._call("GET", f"jobs/{quote(job_id, safe='')}")
+
+    def job_log(self, job_id: str) -> str:
+        """The end of a job's log."""
+        return str(self._call("GET", f"jobs/{quote(job_id, safe='')}/logs")["log"])
+
+    def cancel_job(self, job_id: str) -> Json:
+        """Stop a job; returns it."""
+        return self._call("POST", f"jobs/{quote(job_id, safe='')}/cancel")
+
+    def resume_job(self, job_id: str) -> Json:
+        """Queue a job again that failed or was cancelled; returns it."""
+        return self._call("POST", f"jobs/{quote(job_id, safe='')}/resume")
+
+    def background(self) -> Json:
+        """Whether background work is on."""
+        return self._call("GET", "background")
+
+    def set_background(self, enabled: bool) -> Json:
+        """Turn all background work on or off."""
+        return self._call("POST", "background", {"enabled": enabled})
+
     def close(self) -> None:
         self._http.close()
 

@@ -23,8 +23,10 @@ from liveprune.pruning.errors import (
     IncompatibleEnvironmentError,
     LiveprunError,
     PlanError,
+    StoreError,
     VariantError,
 )
+from liveprune.server.store.jobs import UnknownJobError
 
 
 class UnknownVariantError(VariantError):
@@ -42,6 +44,7 @@ class UnknownOperationError(LiveprunError):
 STATUS: tuple[tuple[type[Exception], int], ...] = (
     (UnknownVariantError, 404),
     (UnknownOperationError, 404),
+    (UnknownJobError, 404),
     (TakenVariantError, 409),
     (ConflictError, 409),
     (VariantError, 422),
@@ -51,6 +54,7 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
     (ExperimentError, 422),
     (ArchitectureError, 422),
     (EngineError, 503),
+    (StoreError, 503),
     (IncompatibleEnvironmentError, 501),
 )
 """The first class that fits decides; anything else is 500."""

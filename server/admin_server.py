@@ -145,5 +145,13 @@ def _report(task: asyncio.Task[None]) -> None:
         logger.error("the admin API has stopped: %s", error, exc_info=error)
 
 
+def local_url(listener: socket.socket) -> str:
+    """Root of the admin API as processes of this machine reach it."""
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "::1" if listener.family == socket.AF_INET6 else HOST
+    return f"http://{_in_url(host)}:{port}"
+
+
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host

@@ -7,11 +7,13 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from liveprune.pruning.errors import PlanError
+from liveprune.pruning.errors import DataError, PlanError
 from liveprune.pruning.plan_io import CHECKPOINT_PLAN
 
 MAX_PLAN_BYTES = 256 * 2**20
 """Plans take kilobytes, with matrices megabytes; a shard named by mistake must not fill memory."""
+
+MAX_ROW_BYTES = 2**30
 
 
 def default_roots(state: Path) -> tuple[Path, ...]:
@@ -21,7 +23,7 @@ def default_roots(state: Path) -> tuple[Path, ...]:
 
 
 class AllowedPaths:
-    """Folders below which plans may lie."""
+    """Folders below which plans, and rows, may lie."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         """A relative path in a request is taken from the first of ``roots``."""
@@ -41,14 +43,30 @@ class AllowedPaths:
         try:
             path = self._inside(self.roots[0] / text, text)
             file = self._inside(path / CHECKPOINT_PLAN, text) if path.is_dir() else path
-            _check_file(file)
+            _check_file(file, "a plan", MAX_PLAN_BYTES)
             matrices = _matrices(file)
             if matrices is not None:
-                _check_file(self._inside(file.parent / matrices, text))
+                _check_file(self._inside(file.parent / matrices, text), "a plan", MAX_PLAN_BYTES)
         except (OSError, RuntimeError, ValueError) as error:
             # RuntimeError: links in a circle. ValueError: a null byte in the path.
             reason = getattr(error, "strerror", None) or error
             raise PlanError(f"{text!r}: not readable as a plan: {reason}") from error
+        return path
+
+    def rows(self, text: str) -> Path:
+        """Check the path of a file of rows; return it resolved, as ``plan`` does.
+
+        Raises:
+            DataError: outside the roots, missing, no regular file, or too large to be read.
+        """
+        try:
+            path = self._inside(self.roots[0] / text, text)
+            _check_file(path, "rows", MAX_ROW_BYTES)
+        except PlanError as error:
+            raise DataError(str(error)) from error
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{text!r}: not readable as rows: {reason}") from error
         return path
 
     def _inside(self, path: Path, text: str) -> Path:
@@ -59,13 +77,13 @@ class AllowedPaths:
         return resolved
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, kind: str, most: int) -> None:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise PlanError(f"{path}: expected a regular file")  # reading a pipe would wait for ever
-    if found.st_size > MAX_PLAN_BYTES:
+    if found.st_size > most:
         raise PlanError(
-            f"{path}: found {found.st_size:,} bytes, expected a plan of at most {MAX_PLAN_BYTES:,}"
+            f"{path}: found {found.st_size:,} bytes, expected {kind} of at most {most:,}"
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from liveprune.patches.live_types import Served
-from liveprune.pruning.errors import DataError, EngineError, LiveprunError
+from liveprune.pruning.errors import ConflictError, DataError, EngineError, LiveprunError
 from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.plan_guards import check_plan
@@ -42,6 +42,24 @@ class LiveCandidates:
         self._engine = steps.engine
         self._swapper = swapper
         self._runner = runner
+        self._closed = ""
+
+    def check(self) -> None:
+        """See ``control_plane.Candidates.check``."""
+        self._engine.check_background()
+
+    def open(self) -> None:
+        """Let plans be tried out."""
+        self._closed = ""
+
+    async def close(self, reason: str) -> None:
+        """Refuse to try plans out until ``open``, and interrupt who does."""
+        self._closed = reason
+        await self._runner.make_way()
+
+    async def interrupt(self) -> None:
+        """End what nobody waits for any more."""
+        await self._runner.make_way()
 
     async def score(
         self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool = False
@@ -82,6 +100,8 @@ class LiveCandidates:
     ) -> list[T | LiveprunError]:
         """``reference``: work with the full model that comes first."""
         self._engine.check_background()
+        if self._closed:
+            raise ConflictError(f"{kind}: {self._closed}")
         session = self._change(Operation(kind, f"{len(plans)} candidates"), None)
 
         async def run() -> list[T | LiveprunError]:

@@ -15,6 +15,9 @@ from liveprune.server.operations import Operation, Status, VariantView
 class Candidates(Protocol):
     """Plans that are tried out on the running engine; nobody else sees them."""
 
+    def check(self) -> None:
+        """Raise IncompatibleEnvironmentError where the engine cannot do this at all."""
+
     async def score(
         self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool
     ) -> list[AnswerScores | LiveprunError]:

@@ -20,9 +20,12 @@ from liveprune.server.admin_api import make_app
 from liveprune.server.admin_key import server_keys
 from liveprune.server.allowed_paths import default_roots
 from liveprune.server.audit import AuditLog
+from liveprune.server.background_gate import BackgroundGate
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
+from liveprune.server.jobs.background import Background, LiveBackground, NoLiveBackground
+from liveprune.server.kept_prompts import FOLDER as PROMPTS
 from liveprune.server.kept_prompts import KeptPrompts
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_options import LiveOptions, remember_resident
@@ -98,24 +101,56 @@ class LiveServer:
                     redact=prompts.redact,
                 ).running()
             )
-            metrics = live_metrics.LiveMetrics(control, calibration)
+            background = self._background(control, front.engine, calibration)
+            metrics = live_metrics.LiveMetrics(control, calibration, background.jobs.newest)
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(
                 control,
-                keys=self._keys,
+                keys=background.keys(self._keys),
                 audit=self._audit,
-                roots=(*self._options.plan_roots, *default_roots(self._options.state)),
+                roots=self._roots,
                 metrics=metrics,
+                jobs=background.jobs,
                 calibration=calibration,
             )
             running = await admin_server.start(app, listener=self._listener)
             stack.push_async_callback(running.stop)
+            background.supervisor.start()
+            stack.push_async_callback(background.supervisor.stop)
             logger.info("serving %s, state in %s", control.serving, self._folder.path)
             # None in rebuild mode: requests have no choice there.
             admission.install(control.directory)
             stack.callback(admission.install, None)
             return stack.pop_all().aclose
         raise AssertionError("unreachable")
+
+    @property
+    def _roots(self) -> tuple[Path, ...]:
+        """Folders that requests may name files in."""
+        files = self._folder.store.files
+        return (*self._options.plan_roots, *default_roots(self._options.state), files)
+
+    def _background(
+        self,
+        control: Control | RebuildControl,
+        engine: VLLMLiveEngine | None,
+        calibration: LiveCalibration | None,
+    ) -> Background:
+        serving: LiveBackground | NoLiveBackground = NoLiveBackground()
+        if engine is not None and isinstance(control, Control):
+            gate = BackgroundGate(engine.traffic)
+            engine.gate = gate
+            serving = LiveBackground(control.candidates, gate)
+        return Background(
+            self._folder.store,
+            self._base,
+            control,
+            self._roots,
+            admin_url=admin_server.local_url(self._listener),
+            engine=serving,
+            prompts=self._folder.path / PROMPTS,
+            calibration=calibration,
+        )
 
     async def _calibration(
         self, engine: VLLMLiveEngine, control: Control, stack: contextlib.AsyncExitStack

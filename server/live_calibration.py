@@ -206,7 +206,12 @@ class LiveCalibration:
 
     def calibrated_path(self, digest: str) -> Path:
         """Where the statistics are that a plan was made from; whoever makes one puts them there."""
-        return self._folder / "calibrated" / f"{digest}.safetensors"
+        return self.calibrated / f"{digest}.safetensors"
+
+    @property
+    def calibrated(self) -> Path:
+        """Folder of ``calibrated_path``."""
+        return self._folder / "calibrated"
 
     def _drift(
         self, variant: Variant, tokens: float, window: UsageWindow | None

@@ -13,7 +13,7 @@ import asyncio
 import bisect
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -26,10 +26,13 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
+from liveprune.pruning.errors import LiveprunError
 from liveprune.server.calibration_metrics import calibration_metrics
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.job_metrics import job_metrics
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.operations import Operation, State, Status
+from liveprune.server.store.jobs import Job
 
 REFRESH_SECONDS = 10.0
 STATUS_TIMEOUT = 10.0
@@ -90,8 +93,16 @@ class _Durations:
 class LiveMetrics:
     """A prometheus_client collector over the last snapshot."""
 
-    def __init__(self, control: ControlPlane, calibration: LiveCalibration | None = None) -> None:
+    def __init__(
+        self,
+        control: ControlPlane,
+        calibration: LiveCalibration | None = None,
+        jobs: Callable[[], Awaitable[Sequence[Job]]] | None = None,
+    ) -> None:
+        """``jobs``: asks the store for them; None where there is none."""
         self._control, self._calibration = control, calibration
+        self._ask_jobs = jobs
+        self._jobs: Sequence[Job] = ()
         self._status: Status | None = None
         self._model: str | None = None
         self._swaps = {outcome: _Durations() for outcome in OUTCOMES}
@@ -109,6 +120,12 @@ class LiveMetrics:
             logger.warning("no metrics of the engine: %s: %s", type(error).__name__, error)
             self._status = None
         self._count(self._control.operations())
+        if self._ask_jobs is not None:
+            try:
+                self._jobs = await self._ask_jobs()
+            except LiveprunError as error:
+                logger.warning("no metrics of jobs: %s", error)
+                self._jobs = ()
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics as text, and its content type; ``accept`` is the request's header."""
@@ -122,6 +139,7 @@ class LiveMetrics:
             *_engine_metrics(None),
             *self._operation_metrics(None),
             *calibration_metrics(None, None),
+            *job_metrics(None, ()),
         ]
 
     def collect(self) -> Iterator[Metric]:
@@ -131,6 +149,7 @@ class LiveMetrics:
         yield from _engine_metrics(status)
         yield from self._operation_metrics(self._model)
         yield from calibration_metrics(self._calibration, self._model)
+        yield from job_metrics(self._model, self._jobs)
 
     def _count(self, operations: Sequence[Operation]) -> None:
         """Count each operation once, when it has ended."""

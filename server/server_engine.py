@@ -47,7 +47,14 @@ class ServerEngine:
     """Fulfils ``pruning.evaluation.engine.Engine``; use it as a context manager."""
 
     def __init__(
-        self, url: str, key: str, model: Path, *, key_source: str = "", patience: float = PATIENCE
+        self,
+        url: str,
+        key: str,
+        model: Path,
+        *,
+        key_source: str = "",
+        patience: float = PATIENCE,
+        tokens: int = TOKENS,
     ) -> None:
         """Connect, and check what it serves.
 
@@ -57,12 +64,13 @@ class ServerEngine:
             model: checkpoint folder that the plans are for, as this machine sees it.
             key_source: says in errors where the key was found.
             patience: seconds that operations of others may keep one call waiting.
+            tokens: of one call, where a row alone is not longer.
 
         Raises:
             EngineError: it is not reachable, serves another model, or has no live variants.
             CheckpointError: ``model`` is unreadable.
         """
-        self._patience = patience
+        self._patience, self._tokens = patience, tokens
         expected = fingerprint_model(model)
         self._client = AdminClient(url, key, key_source=key_source)
         try:
@@ -79,11 +87,11 @@ class ServerEngine:
         against_full: bool = False,
     ) -> list[AnswerScores]:
         parts: list[list[AnswerScores]] = [[] for _ in plans]
-        pieces = list(_pieces(rows, lambda row: len(row.prompt) + len(row.answer)))
+        pieces = list(_pieces(rows, lambda row: len(row.prompt) + len(row.answer), self._tokens))
         for piece in pieces:
             bodies = [RowBody(prompt=list(x.prompt), answer=list(x.answer)) for x in piece]
             tokens = sum(len(row.prompt) + len(row.answer) for row in piece)
-            for start, some in _groups(plans, tokens):
+            for start, some in _groups(plans, tokens, self._tokens):
                 body = Score(plans=some, rows=bodies, against_full=against_full)
                 answer = self._ask(self._client.score, body, ScoreAnswer)
                 found = _checked(answer.scores, len(some))
@@ -100,9 +108,9 @@ class ServerEngine:
         end: Collection[int],
     ) -> list[list[tuple[int, ...]]]:
         answers: list[list[tuple[int, ...]]] = [[] for _ in plans]
-        for piece in _pieces(prompts, lambda prompt: len(prompt) + max_tokens):
+        for piece in _pieces(prompts, lambda prompt: len(prompt) + max_tokens, self._tokens):
             tokens = sum(len(prompt) + max_tokens for prompt in piece)
-            for start, some in _groups(plans, tokens):
+            for start, some in _groups(plans, tokens, self._tokens):
                 body = Generate(
                     plans=some,
                     prompts=[list(prompt) for prompt in piece],
@@ -160,12 +168,12 @@ class ServerEngine:
             pause = min(2 * pause, longest)
 
 
-def _pieces(items: Sequence[T], tokens: Callable[[T], int]) -> Iterator[Sequence[T]]:
+def _pieces(items: Sequence[T], tokens: Callable[[T], int], most: int) -> Iterator[Sequence[T]]:
     """Consecutive items that one call can hold."""
     start = held = 0
     for i, item in enumerate(items):
         own = tokens(item)
-        if i > start and (held + own > TOKENS or i - start == MAX_ROWS):
+        if i > start and (held + own > most or i - start == MAX_ROWS):
             yield items[start:i]
             start, held = i, 0
         held += own
@@ -174,10 +182,10 @@ def _pieces(items: Sequence[T], tokens: Callable[[T], int]) -> Iterator[Sequence
 
 
 def _groups(
-    plans: Sequence[Plan | None], tokens: int
+    plans: Sequence[Plan | None], tokens: int, most: int
 ) -> Iterator[tuple[int, list[PlanBody | None]]]:
     """Plans that one call can hold with so many tokens each, and the place of the first."""
-    size = min(MAX_PLANS, max(1, TOKENS // tokens))
+    size = min(MAX_PLANS, max(1, most // tokens))
     for start in range(0, len(plans), size):
         some = plans[start : start + size]
         yield start, [None if plan is None else PlanBody.of(plan) for plan in some]

@@ -14,7 +14,12 @@ import httpx
 import numpy as np
 from fastapi import FastAPI
 
-from liveprune.pruning.errors import ConflictError, LiveprunError, VariantError
+from liveprune.pruning.errors import (
+    ConflictError,
+    IncompatibleEnvironmentError,
+    LiveprunError,
+    VariantError,
+)
 from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.pruning.plan import Plan
 from liveprune.server.admin_api import make_app
@@ -61,6 +66,8 @@ class FakeControl:
     """By digest of the plan, what ``score`` and ``generate`` do not make up."""
     busy: int = 0
     """Evaluations that are refused because an operation is under way, from now on."""
+    impossible: str = ""
+    """Why plans cannot be tried out."""
     before_answer: Callable[[], None] = lambda: None
 
     async def add(self, tag: str, plan: Path, *, idempotency_key: str | None = None) -> Operation:
@@ -87,6 +94,10 @@ class FakeControl:
     @property
     def candidates(self) -> FakeControl:
         return self
+
+    def check(self) -> None:
+        if self.impossible:
+            raise IncompatibleEnvironmentError(self.impossible)
 
     async def score(
         self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool

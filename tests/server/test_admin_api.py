@@ -66,7 +66,20 @@ EVALUATIONS: list[tuple[str, str, Any]] = [
 ]
 STATISTICS = ["/admin/v1/statistics", "/admin/v1/statistics/file"]
 """Of a server that counts; the one here does not."""
+JOB = {"method": "reap", "source": {"statistics": "live"}, "experts": "4", "tag": "a"}
+JOBS: list[tuple[str, str, Any]] = [
+    ("POST", "/admin/v1/jobs", JOB),
+    ("GET", "/admin/v1/jobs", None),
+    ("GET", "/admin/v1/jobs/{job}", None),
+    ("GET", "/admin/v1/jobs/{job}/logs", None),
+    ("POST", "/admin/v1/jobs/{job}/cancel", None),
+    ("POST", "/admin/v1/jobs/{job}/resume", None),
+    ("GET", "/admin/v1/background", None),
+    ("POST", "/admin/v1/background", {"enabled": True}),
+]
+"""Of a server with a store; the one here has none (``jobs/test_admin_jobs.py``)."""
 ROUTES = [
+    *JOBS,
     *MUTATIONS,
     *EVALUATIONS,
     *((method, path, None) for method, path in READS),
@@ -88,7 +101,10 @@ def test_the_tables_of_this_file_name_every_route(served: Served) -> None:
         if isinstance(route, APIRoute)
         for method in route.methods
     }
-    listed = {(method, path.format(operation="{operation_id}")) for method, path, _ in ROUTES}
+    listed = {
+        (method, path.format(operation="{operation_id}", job="{job_id}"))
+        for method, path, _ in ROUTES
+    }
     listed -= {("GET", "/openapi.json"), ("DELETE", "/admin/v1/variants/full")}
     listed |= {("GET", path) for path in OPEN} | {("DELETE", "/admin/v1/variants/{tag:path}")}
     assert found == listed
@@ -108,7 +124,7 @@ def test_the_tables_of_this_file_name_every_route(served: Served) -> None:
 def test_every_route_is_closed_without_the_right_key(
     served: Served, method: str, path: str, body: Any, headers: dict[str, str]
 ) -> None:
-    path = path.format(operation=an_operation(served))
+    path = path.format(operation=an_operation(served), job="1234")
     answer = served.ask(method, path, json=body, headers=headers)
     assert answer.status_code == 403
     error = answer.json()["error"]
@@ -126,12 +142,12 @@ def test_every_route_is_closed_without_the_right_key(
 def test_every_route_opens_with_any_right_key_and_never_shows_it(
     served: Served, method: str, path: str, body: Any, headers: dict[str, str]
 ) -> None:
-    path = path.format(operation=an_operation(served))
+    path = path.format(operation=an_operation(served), job="1234")
     answer = served.ask(method, path, json=body, headers=headers)
     changes = (method, path) not in [route[:2] for route in EVALUATIONS] and method != "GET"
-    success = 501 if path in STATISTICS else 200
-    assert answer.status_code == (202 if changes else success)
-    assert len(served.control.calls) == (method != "GET")
+    absent = path in STATISTICS or path.startswith(("/admin/v1/jobs", "/admin/v1/background"))
+    assert answer.status_code == (501 if absent else 202 if changes else 200)
+    assert len(served.control.calls) == (method != "GET" and not absent)
     for key in (KEY, "older-key"):
         assert key not in answer.text + str(answer.headers)
         assert key not in str(served.audited())

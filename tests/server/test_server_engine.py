@@ -72,10 +72,12 @@ def test_numbers_that_are_not_finite(engine: ServerEngine, control: FakeControl)
         assert column[2] == -factor / 3, "to the last bit"
 
 
-def test_calls_are_bounded(
-    engine: ServerEngine, control: FakeControl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_engine, "TOKENS", 9)  # two rows of four tokens
+def test_calls_are_bounded(url: str, model: Path, control: FakeControl) -> None:
+    with ServerEngine(url, KEY, model, tokens=9) as engine:  # two rows of four tokens
+        _check_bounds(engine, control)
+
+
+def _check_bounds(engine: ServerEngine, control: FakeControl) -> None:
     found = engine.score([A, None, B], ROWS)
     sizes = [(len(plans), len(rows)) for _, plans, rows, _ in calls(control)]
     assert sizes == [(1, 2)] * 6 + [(2, 1), (1, 1)]
@@ -133,7 +135,7 @@ def test_a_wrong_key_or_address_is_refused(url: str, model: Path) -> None:
 
 def test_pieces_hold_what_they_may() -> None:
     for sizes in itertools.product((1, 40_000, 70_000), repeat=3):
-        pieces = list(server_engine._pieces(sizes, lambda size: size))
+        pieces = list(server_engine._pieces(sizes, lambda size: size, 65_536))
         assert [size for piece in pieces for size in piece] == list(sizes)
-        assert all(len(piece) == 1 or sum(piece) <= server_engine.TOKENS for piece in pieces)
-    assert list(server_engine._pieces([], len)) == []
+        assert all(len(piece) == 1 or sum(piece) <= 65_536 for piece in pieces)
+    assert list(server_engine._pieces([], len, 1)) == []

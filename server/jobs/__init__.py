@@ -1,0 +1,1 @@
+"""Background pruning: requests, the worker process, and what supervises it (docs/jobs.md)."""
