@@ -30,27 +30,29 @@ FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256"]
 FLAGS += ["--gpu-memory-utilization", "0.2", "--block-size", "32", "--max-num-seqs", "16"]
 FLAGS += ["--num-gpu-blocks-override", "64", "--statistics-every", "1", "--statistics-sample", "64"]
 FLAGS += ["--statistics-interval", "1"]
-TOKENS = 12
+TOKENS = 8
 COUNTED = 4000
 """Tokens of users that the job learns from."""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def prompts() -> tuple[str, ...]:
-    """The traffic's mix: two questions about sorting to one about shifting letters."""
+def mix() -> dict[str, str]:
+    """Users' prompts and the right answers: two of sorting to one of shifting letters."""
     rows = {
-        task: [json.loads(x)["prompt"] for x in rows_path(task, "dev").read_text().splitlines()]
+        task: [json.loads(x) for x in rows_path(task, "dev").read_text().splitlines()]
         for task in ("sort", "shift")
     }
-    return tuple(
-        prompt
+    asked = [
+        row
         for i in range(20)
-        for prompt in (rows["sort"][2 * i], rows["sort"][2 * i + 1], rows["shift"][i])
-    )
+        for row in (rows["sort"][2 * i], rows["sort"][2 * i + 1], rows["shift"][i])
+    ]
+    return {row["prompt"]: row["answer"] for row in asked}
 
 
-PROMPTS = prompts()
+ANSWERS = mix()
+PROMPTS = tuple(ANSWERS)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +110,9 @@ def test_from_traffic_to_a_smaller_variant_and_back(server: ServedModel, run: Ru
     right = right_answers({"full": None, "mix": plan})
     assert not [problem for x in users.finished if (problem := x.problem(right))]
     assert {x.header for x in users.finished} == {"demo:full", "demo:mix"}
-    # What the traffic needs it still does.
-    same = [right["demo:full", x] == right["demo:mix", x] for x in PROMPTS]
-    assert sum(same) / len(same) > 0.8
+    # Half of the experts still do what the traffic needs.
+    for tag in ("full", "mix"):
+        solved = [right[f"demo:{tag}", x].startswith(answer) for x, answer in ANSWERS.items()]
+        assert sum(solved) / len(solved) > 0.9, tag
     known = {x["tag"]: x for x in json_of(run("variants", "list", "--json"))}
     assert known["mix"]["is_alias"]
