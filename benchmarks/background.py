@@ -82,8 +82,8 @@ def _search(model: Path, vocabulary: int, arguments: argparse.Namespace) -> Json
     with served.server:
         job = served.admin.start_job(_request(rows, arguments.share))
         windows = {
-            "off": lambda: served.admin.background(enabled=False),
-            "on": lambda: served.admin.background(enabled=True),
+            "off": lambda: served.admin.set_background(False),
+            "on": lambda: served.admin.set_background(True),
         }
         streams, taken = _windows(served, windows, arguments)
         state = served.admin.job(job["id"])
