@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
-from liveprune.pruning.demo import model_path, rows_path
+from liveprune.pruning.demo import model_path
 from liveprune.server.live_options import model_state
 from liveprune.server.served_model import ServedModel
 from liveprune.server.store.check import check
