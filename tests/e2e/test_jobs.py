@@ -157,7 +157,8 @@ def test_a_killed_worker_goes_on_to_the_same_plan(
 def test_the_switch_stops_background_work(
     server: ServedModel, run: Run, client: AdminClient
 ) -> None:
-    job = start(run, "three", *EEP[:-2], "--set", "dev_num=4")
+    # Long enough for all that is looked at while it runs.
+    job = start(run, "three", *EEP[:-2], "--set", "dev_num=4", "--set", "prune_candidates=96")
     until(client, job, lambda found: found["cost"].get("evaluations", 0) > 0)
     page = metrics(server.admin_url)
     assert page['liveprune_job_evaluations_total{model="demo",variant="demo:three"}'] > 0

@@ -31,6 +31,25 @@ from tests.helm.manifests import (
 )
 
 ADMIN_PORT = 8001
+PASSED_ON = {
+    "--help",
+    # Mounted files, such as keys that can be rotated without a restart.
+    "--admin-key-file",
+    "--canary-prompts",
+    # Statistics, kept prompts and jobs: settings of the server alone.
+    "--keep-jobs",
+    "--keep-prompts",
+    "--keep-prompts-days",
+    "--keep-prompts-max",
+    "--live-statistics",
+    "--no-live-statistics",
+    "--redact",
+    "--statistics-every",
+    "--statistics-half-life",
+    "--statistics-interval",
+    "--statistics-sample",
+}
+"""Flags that the chart leaves to ``extraArgs``."""
 
 
 def parsed(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -133,8 +152,7 @@ def test_extra_args_refuse_the_flags_that_have_values(helm: Helm) -> None:
         if isinstance(parameter, TyperOption)
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
-    # Not the chart's: mounted files, such as keys that can be rotated without a restart.
-    for flag in sorted(flags - {"--admin-key-file", "--canary-prompts", "--help"}):
+    for flag in sorted(flags - PASSED_ON):
         result = helm(
             "template", "trial", str(CHART), "--set", f"model=m,extraArgs[0]={flag}=somewhere"
         )
