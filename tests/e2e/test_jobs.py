@@ -158,7 +158,8 @@ def test_the_switch_stops_background_work(
     server: ServedModel, run: Run, client: AdminClient
 ) -> None:
     # Long enough for all that is looked at while it runs.
-    job = start(run, "three", *EEP[:-2], "--set", "dev_num=4", "--set", "prune_candidates=96")
+    longer = {"prune_candidates=16": "prune_candidates=96"}
+    job = start(run, "three", *(longer.get(word, word) for word in EEP))
     until(client, job, lambda found: found["cost"].get("evaluations", 0) > 0)
     page = metrics(server.admin_url)
     assert page['liveprune_job_evaluations_total{model="demo",variant="demo:three"}'] > 0
