@@ -111,7 +111,7 @@ def _request(rows: Path, share: float | None) -> Json:
         "measure": "kl",
         "tag": "found",
         # More candidates than the windows have time for.
-        "settings": {"prune_candidates": 100000, "merge_candidates": 0, "stall": 0},
+        "settings": {"prune_candidates": 100000, "merge": False},
     }
     return request if share is None else request | {"share": share}
 
