@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection
@@ -13,7 +12,6 @@ from pathlib import Path
 from liveprune.patches import admission
 from liveprune.patches.entry import Front
 from liveprune.patches.live_engine import VLLMLiveEngine
-from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
 from liveprune.pruning.files import write_atomic
 from liveprune.server import admin_server, live_metrics, public_health
 from liveprune.server.admin_api import make_app
@@ -199,7 +197,7 @@ class LiveServer:
             engine,
             self._folder,
             Canaries((*canary_prompts(engine.vocabulary), *self._prompts), key),
-            fingerprint=await asyncio.to_thread(fingerprint_model, self._base),
+            fingerprint=self._folder.store.model,
             memory_target=self._options.memory_target
             or await default_target(engine, self._folder.path),
         )
