@@ -161,7 +161,7 @@ class LiveServer:
             engine,
             control.directory,
             self._folder.path,
-            (await control.status()).fingerprint,
+            self._folder.store.model,
             interval=options.interval,
             half_life=options.half_life,
         )
