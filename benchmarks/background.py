@@ -5,8 +5,9 @@
 
 * search: one server, streams from another process that never stop, and a job (EEP without labels,
   agreement with the full model) that the switch of background work stops and lets go on: windows
-  with and without it alternate. Time to the first token, time between tokens and the whole answer,
-  at the median and the 99th percentile, and tokens a second.
+  with and without it alternate. Time to the first token, time per output token, the longest gap
+  between two chunks of an answer, and the whole answer, at the median and the 99th percentile, and
+  tokens a second.
 * statistics: two servers, one of which counts its routing; each in turn answers the same prompts
   one window long while the other is idle. CPU seconds of its engine per token, which the other
   tenants of a machine disturb least.
@@ -22,6 +23,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from benchmarks.served import Served, write_tokenizer
 from benchmarks.streams import streaming
 
 PARTS = ("search", "statistics")
-KINDS = ("first token", "between tokens", "whole answer")
+KINDS = ("first token", "per output token", "longest gap", "whole answer")
 ROWS = 64
 SETTLE = 2.0
 """Seconds after a change before a window begins."""
@@ -151,9 +153,12 @@ def _latency(streams: Sequence[Json], window: Window) -> dict[str, float]:
     failed = [x["error"] for x in inside if x["error"] or not x["times"]]
     if failed:
         raise RuntimeError(f"{len(failed)} requests failed, the first: {failed[0]}")
+    # Chunks may hold several tokens, and several chunks may come at once: the time between two of
+    # them says little of the pace.
     samples = (
         [x["times"][0] - x["asked"] for x in inside],
-        [b - a for x in inside for a, b in zip(x["times"], x["times"][1:], strict=False)],
+        [(x["times"][-1] - x["times"][0]) / (x["tokens"] - 1) for x in inside],
+        [max(b - a for a, b in pairwise(x["times"])) for x in inside],
         [x["times"][-1] - x["asked"] for x in inside],
     )
     found = {}

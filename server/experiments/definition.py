@@ -35,6 +35,9 @@ class Arm:
     """Tag of the variant; ``full`` is the base model."""
     ppm: int
     """Share at the start, in millionths."""
+    shadow: bool = False
+    """The control arm answers this arm's units; the variant gets copies, whose answers are only
+    measured."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Experiment:
     actions: tuple[str, ...] = ("notify",)
     ramp: tuple[int, ...] = ()
     """Shares of all treatment arms together at each step, in millionths, rising."""
+    fidelity: float = 0.0
+    """Share of the answers that are scored again, teacher-forced, against the reference."""
     dry_run: bool = False
 
     @property
@@ -96,7 +101,12 @@ class Experiment:
         """The form that ``experiment_from`` reads back to an equal experiment."""
         return dataclasses.asdict(self) | {
             "arms": [
-                {"name": arm.name, "variant": arm.variant, "weight": arm.ppm / PPM}
+                {
+                    "name": arm.name,
+                    "variant": arm.variant,
+                    "weight": arm.ppm / PPM,
+                    "shadow": arm.shadow,
+                }
                 for arm in self.arms
             ],
             "primary": dataclasses.asdict(self.primary),
@@ -129,6 +139,8 @@ def experiment_from(form: object) -> Experiment:
         raise fields.error("control", control, f"one of {', '.join(arm.name for arm in arms)}")
     if all(arm.ppm == 0 for arm in arms if arm.name != control):
         raise fields.error("arms", "no weight outside the control arm", "at least one with weight")
+    if any(arm.shadow for arm in arms if arm.name == control):
+        raise fields.error("arms", f"the control arm {control} as a shadow", "one that answers")
     primary = _measure(fields.any("primary"), f"{fields.where}: primary")
     guardrails = tuple(
         _guardrail(item, f"{fields.where}: guardrail {i}")
@@ -155,6 +167,7 @@ def experiment_from(form: object) -> Experiment:
         end=_moment(fields, "end"),
         actions=_actions(fields),
         ramp=_ramp(fields, sum(arm.ppm for arm in arms if arm.name != control)),
+        fidelity=fields.number("fidelity", default.fidelity, low=0, high=1),
         dry_run=fields.flag("dry_run", default=default.dry_run),
     )
     fields.done()
@@ -167,12 +180,20 @@ def check_exclusive(experiments: Sequence[Experiment]) -> None:
     """Refuse experiments on one alias that would own the same units.
 
     Raises:
-        ExperimentError: names the two experiments and the traffic of each.
+        ExperimentError: names the two experiments, and the traffic of each or, where they look for
+            units in different places, the chain of each.
     """
     for i, one in enumerate(experiments):
         for other in experiments[:i]:
+            if one.model != other.model:
+                continue
+            if one.unit != other.unit:
+                raise ExperimentError(
+                    f"experiment {one.name}: unit: found {', '.join(one.unit)}, expected that of "
+                    f"experiment {other.name} on the same model, {', '.join(other.unit)}"
+                )
             (a, b), (c, d) = one.traffic, other.traffic
-            if one.model == other.model and max(a, c) < min(b, d):
+            if max(a, c) < min(b, d):
                 raise ExperimentError(
                     f"experiment {one.name}: traffic: found [{a / PPM:g}, {b / PPM:g}) of "
                     f"{one.model}, expected a range apart from [{c / PPM:g}, {d / PPM:g}), which "
@@ -188,7 +209,8 @@ def _arms(items: Sequence[object], fields: Fields) -> tuple[Arm, ...]:
         name = arm.text("name")
         if not _NAME.fullmatch(name) or name in {other.name for other in arms}:
             raise arm.error("name", name, "a new name of letters, digits, '.', '_' and '-'")
-        arms.append(Arm(name, arm.text("variant"), 0))
+        shadow = arm.flag("shadow", default=False)
+        arms.append(Arm(name, arm.text("variant"), 0, shadow))
         weights.append(arm.number("weight", low=0, high=1))
         arm.done()
     if len(arms) < 2:

@@ -42,6 +42,7 @@ METRICS = {
         Metric("bad_tool_call", "rate", "lower"),
         Metric("score", "rate", "higher"),
         Metric("agreement", "rate", "higher"),
+        Metric("top1_agreement", "rate", "higher"),
         Metric("kl", "mean", "lower"),
         Metric("log_likelihood_gap", "mean", "lower"),
     )
