@@ -91,7 +91,7 @@ def _search(model: Path, vocabulary: int, arguments: argparse.Namespace) -> Json
         state = served.admin.job(job["id"])
     if state["state"] not in ("queued", "running"):
         raise RuntimeError(f"the job ended before the last window: {state}")
-    sides = {side: [_latency(streams, window) for window in taken[side]] for side in windows}
+    sides = {side: [latency(streams, window) for window in taken[side]] for side in windows}
     return {
         "job": {key: state[key] for key in ("progress", "cost")},
         "windows": sides,
@@ -147,7 +147,7 @@ def _windows(
     return json.loads(output.read_text()), taken
 
 
-def _latency(streams: Sequence[Json], window: Window) -> dict[str, float]:
+def latency(streams: Sequence[Json], window: Window) -> dict[str, float]:
     """Of the answers that began and ended within a window."""
     inside = [x for x in streams if window[0] <= x["asked"] and x["ended"] <= window[1]]
     failed = [x["error"] for x in inside if x["error"] or not x["times"]]

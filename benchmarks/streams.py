@@ -75,7 +75,7 @@ def read(prompt: int, lines: Sequence[tuple[float, bytes]]) -> Json:
     return found
 
 
-def _run(port: int, streams: int, tokens: int, output: str) -> None:
+def _run(port: int, streams: int, tokens: int, output: str, model: str) -> None:
     """Ask until standard input ends."""
     records: list[tuple[int, list[tuple[float, bytes]]]] = []
     stop = threading.Event()
@@ -83,7 +83,7 @@ def _run(port: int, streams: int, tokens: int, output: str) -> None:
     async def client(number: int) -> None:
         while not stop.is_set():
             prompt = number % len(PROMPTS)
-            lines = await ask(port, NAME, PROMPTS[prompt], tokens)
+            lines = await ask(port, model, PROMPTS[prompt], tokens)
             records.append((prompt, lines))
             number += 1
             if b"error" in lines[-1][1][:5]:
@@ -102,9 +102,12 @@ def _run(port: int, streams: int, tokens: int, output: str) -> None:
 
 
 @contextlib.contextmanager
-def streaming(port: int, streams: int, tokens: int, output: Path) -> Iterator[None]:
-    what = json.dumps({"port": port, "streams": streams, "tokens": tokens, "output": str(output)})
-    command = [sys.executable, "-m", "benchmarks.streams", what]
+def streaming(
+    port: int, streams: int, tokens: int, output: Path, model: str = NAME
+) -> Iterator[None]:
+    """Have so many streams ask without a pause; their answers are in ``output`` afterwards."""
+    what = {"port": port, "streams": streams, "tokens": tokens, "output": str(output)}
+    command = [sys.executable, "-m", "benchmarks.streams", json.dumps(what | {"model": model})]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         try:
             time.sleep(5)  # imports

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from liveprune.pruning.budget import layer_budgets, parse_budget
 from liveprune.pruning.calibration.rows import load_rows
 from liveprune.pruning.errors import (
     DataError,
     IncompatibleEnvironmentError,
-    PlanError,
 )
 from liveprune.pruning.evaluation.measures import measure_of
 from liveprune.pruning.evaluation.task import load_task
 from liveprune.pruning.given_statistics import load_given
-from liveprune.pruning.memory_target import budget_for, costs_of
-from liveprune.pruning.methods import Method, find_method
-from liveprune.pruning.methods.moeits_plan import check_options
+from liveprune.pruning.methods import find_method
 from liveprune.pruning.model_spec import ModelSpec
-from liveprune.pruning.search.genome import make_space
-from liveprune.pruning.search.presets import Settings, preset
 from liveprune.server.allowed_paths import AllowedPaths
-from liveprune.server.jobs.request import SEARCH, JobRequest
+from liveprune.server.jobs.budget import check_budget
+from liveprune.server.jobs.request import JobRequest
 from liveprune.server.jobs.row_files import check_apart, digest_of, measure_for
 from liveprune.server.variant import check_tag
-
-GIVEN_ELSEWHERE = ("tau", "nmi")
-"""Of ``moeits``: in ``settings``, though ``make_plan`` takes them by name."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ def check_request(request: JobRequest, around: Surroundings) -> Checked:
 
         import_ray()
     spec = ModelSpec.from_path(around.model)
-    _check_budget(request, around.model, spec)
+    check_budget(request, around.model, spec)
     _check_source(request, around)
     files = _files(request, around)
     digests = {name: digest_of(path) for name, path in files.items()}
@@ -98,74 +89,14 @@ def check_request(request: JobRequest, around: Surroundings) -> Checked:
     return Checked(resolved, digests)
 
 
-def search_settings(request: JobRequest) -> Settings:
-    """Of ``eep``.
-
-    Raises:
-        PlanError: there is no such preset or parameter, or a value is out of range.
-    """
-    return preset(request.preset, **request.settings)
-
-
-def method_options(request: JobRequest) -> tuple[Method, dict[str, object], dict[str, object]]:
-    """A one-pass method, its own parameters, and those that ``make_plan`` takes by name.
-
-    Raises:
-        PlanError: there is no such method or parameter, or a value is out of range.
-    """
-    try:
-        method = find_method(request.method)
-    except PlanError as error:
-        raise PlanError(f"{error}; or {SEARCH}, which searches") from error
-    named = {
-        name: value
-        for name, value in request.settings.items()
-        if name in GIVEN_ELSEWHERE and method.from_pairs is not None
-    }
-    own = {name: value for name, value in request.settings.items() if name not in named}
-    method.with_options(own)
-    return method, own, named
-
-
-def _check_budget(request: JobRequest, model: Path, spec: ModelSpec) -> None:
-    if request.searches:
-        if request.experts is None:
-            raise PlanError(f"experts: missing, expected for method {SEARCH}")
-        if isinstance(request.top_k, list):
-            raise PlanError(f"top_k: found a list, expected one number for method {SEARCH}")
-        if request.allocate is not None:
-            raise PlanError(f"allocate: found with method {SEARCH}, which does not have it")
-        settings = search_settings(request)
-        make_space(spec, settings, experts=request.experts, top_k=request.top_k)
-        return
-    method, _, named = method_options(request)
-    how = request.allocate or method.allocate
-    asked = request.experts if request.target_memory is None else request.target_memory
-    tau = named.get("tau")
-    if tau is not None and not (isinstance(tau, int | float) and math.isfinite(tau)):
-        raise PlanError(f"tau is {tau!r}, expected a number")
-    check_options(method, asked, tau, str(named.get("nmi", "plain")), how, spec.router)
-    budget = parse_budget(1.0 if request.experts is None else request.experts)
-    if request.target_memory is not None:
-        whole = layer_budgets(spec, budget, top_k=request.top_k)
-        budget = budget_for(
-            costs_of(model, spec, keep_gate_rows=False, constants=method.leaves_constants),
-            spec,
-            request.target_memory,
-            floors={item.layer.index: item.floor for item in whole},
-            skip_layers=(),
-            allocate=how,
-        )
-    layer_budgets(spec, budget, top_k=request.top_k, allocate=how)
-
-
 def _check_source(request: JobRequest, around: Surroundings) -> None:
     source = request.source
     if source.statistics is not None:
-        if request.searches:
+        if request.learns_from_answers:
+            asker = "allocate evoesap" if request.searches_budgets else f"method {request.method}"
             raise DataError(
-                f"source: found statistics, expected data or prompts for method {SEARCH}, which "
-                f"scores answers to rows"
+                f"source: found statistics, expected data or prompts for {asker}, which scores "
+                f"answers to rows"
             )
         _check_statistics(request, around)
     if source.prompts is not None and not around.prompts:
@@ -214,7 +145,9 @@ def _check_rows(request: JobRequest, files: Mapping[str, Path], model: Path) -> 
     """Read whatever will be measured, by the measure that it will be measured by."""
     if request.measure is not None:
         measure_of(request.measure)
-    measured = {name: path for name, path in files.items() if name != "data" or request.searches}
+    measured = {
+        name: path for name, path in files.items() if name != "data" or request.learns_from_answers
+    }
     for name, path in measured.items():
         measure = request.measure or measure_for(path)
         if measure is None:

@@ -11,6 +11,12 @@ from liveprune.pruning.calibration.rows import MAX_ROWS
 from liveprune.pruning.evaluation.task import MAX_ANSWER_TOKENS
 
 SEARCH = "eep"
+EVOESAP = "evoesap"
+ONE_PASS = (
+    *("target_memory", "allocate", "min_experts", "max_experts", "snap", "expert_parallel"),
+    *("router", "skip_layers", "keep_super_experts"),
+)
+"""What only one-pass methods have."""
 FileName = Annotated[str, Field(min_length=1, max_length=4096)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -54,8 +60,23 @@ class JobRequest(Frozen):
     """Instead of ``experts``: bytes of all weights. Not for ``eep``."""
     top_k: Count | Annotated[list[Count], Field(min_length=1)] | None = None
     """Active experts; null keeps the model's."""
-    allocate: Literal["uniform", "global"] | None = None
-    """How one-pass methods share the budget out; null is the method's own way."""
+    allocate: Literal["uniform", "global", "evoesap"] | None = None
+    """How one-pass methods share the budget out; null is the method's own way. ``evoesap`` is a
+    search for counts by layer over the method's ranking; its parameters stand in ``settings``."""
+    min_experts: Count | None = None
+    """Fewest that a layer is left with by one total."""
+    max_experts: Count | None = None
+    """Most that a layer keeps of one total."""
+    snap: str | None = None
+    """Lower counts to servable ones, tuned ones, or multiples of a number; as ``--snap``."""
+    expert_parallel: Count = 1
+    """Ranks that must be able to share the counts; with ``snap``."""
+    router: Literal["keep", "drop"] | None = None
+    """Methods that merge: keep all gate rows, or drop those of experts that are gone."""
+    skip_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers to leave whole."""
+    keep_super_experts: bool = False
+    """Never prune experts with outlying activations."""
     seed: Annotated[int, Field(ge=0)] = 0
     settings: Mapping[str, Any] = Field(default_factory=dict)
     """The method's own parameters; of ``eep`` those of ``pruning.search.presets.Settings``."""
@@ -99,6 +120,16 @@ class JobRequest(Frozen):
     def searches(self) -> bool:
         """Many candidates are scored; else one pass gives the plan."""
         return self.method == SEARCH
+
+    @property
+    def searches_budgets(self) -> bool:
+        """One pass ranks the experts, and a search says how many each layer keeps."""
+        return self.allocate == EVOESAP and not self.searches
+
+    @property
+    def learns_from_answers(self) -> bool:
+        """The source's rows are scored, not only read."""
+        return self.searches or self.searches_budgets
 
 
 class StoredRequest(Frozen):

@@ -17,11 +17,17 @@ from liveprune.pruning.evaluation.task import Task, load_task
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.pruning.plan import Plan
 from liveprune.pruning.prune import make_plan
+from liveprune.pruning.search.budget_search import EvoESAP
 from liveprune.pruning.search.presets import Settings
 from liveprune.pruning.search.result import Difference, Score, SearchResult
 from liveprune.pruning.search.run import search
 from liveprune.server.jobs.assignment import Assignment
-from liveprune.server.jobs.checks import method_options, search_settings
+from liveprune.server.jobs.budget import (
+    budget_settings,
+    method_options,
+    plan_arguments,
+    search_settings,
+)
 from liveprune.server.jobs.engines import engine_name, job_engine
 from liveprune.server.jobs.heart import Heart
 from liveprune.server.jobs.materials import Materials, gather
@@ -120,25 +126,26 @@ class Work:
         if materials.statistics is not None:
             learned = {"statistics": materials.statistics, **named}
         tracker.enter("plan")
-        plan = make_plan(
-            self.base,
-            method=request.method,
-            experts=request.experts,
-            target_memory=request.target_memory,
-            top_k=request.top_k,
-            options=own,
-            seed=request.seed,
-            allocate=request.allocate,
-            max_rows=request.max_rows,
-            statistics_cache=self.assignment.folder / PASSES_FOLDER,
-            progress=tracker.steps("plan"),
-            **learned,
-        )
+        spec = ModelSpec.from_path(self.base)
+        with ExitStack() as stack:
+            budget = plan_arguments(request, spec)
+            if request.searches_budgets:
+                budget["allocate"] = self._evoesap(stack, spec, materials, tracker)
+            plan = make_plan(
+                self.base,
+                method=request.method,
+                options=own,
+                seed=request.seed,
+                max_rows=request.max_rows,
+                statistics_cache=self.assignment.folder / PASSES_FOLDER,
+                progress=tracker.steps("plan"),
+                **budget,
+                **learned,
+            )
         tasks = self._tasks(materials, train=False)
         scores: dict[str, Scores] = {}
         if tasks:
             with ExitStack() as stack:
-                spec = ModelSpec.from_path(self.base)
                 engine = self._engine(stack, Settings(merge=plan.merges), spec, tasks)
                 for name, task in tasks.items():
                     tracker.enter(f"measuring {name}")
@@ -151,6 +158,23 @@ class Work:
             scores,
             materials.measure,
             materials.statistics or (passes[0] if len(passes) == 1 else None),
+        )
+
+    def _evoesap(
+        self, stack: ExitStack, spec: ModelSpec, materials: Materials, tracker: Tracker
+    ) -> EvoESAP:
+        settings, tasks = Settings(merge=False), self._tasks(materials, train=True)
+        return EvoESAP(
+            model=self.base,
+            spec=spec,
+            engine=self._engine(stack, settings, spec, tasks),
+            tasks=tasks,
+            folder=self.assignment.folder / SEARCH_FOLDER,
+            settings=budget_settings(self.request),
+            seed=self.request.seed,
+            engine_name=engine_name(self.request, self.assignment, settings),
+            progress=tracker.search,
+            cancel=self.heart.cancelled,
         )
 
     def _tasks(self, materials: Materials, *, train: bool) -> dict[str, Task]:

@@ -65,8 +65,11 @@ class FakeBackground:
 class JobWorld:
     """One server's background work."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.store = Store(folder, fingerprint_model(model_path()), replica="here")
+    def __init__(
+        self, folder: Path, *, url: str | None = None, replica: str = "here", **options: Any
+    ) -> None:
+        model = fingerprint_model(model_path())
+        self.store = Store(folder, model, url=url, replica=replica)
         self.engine = FakeBackground()
         self.supervisor = Supervisor(
             self.store,

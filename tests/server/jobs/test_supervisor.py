@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,100 @@ def test_a_job_whose_workers_die_at_once_is_given_up(
         assert len(spawned) == 2 * STALLS, "as often again"
 
     run(tmp_path, test, spawn=dies)
+
+
+def test_a_job_keeps_to_its_budget_options(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"experts": 0.5, "allocate": "global", "min_experts": 3}
+    asked |= {"max_experts": 6, "skip_layers": [0], "snap": "3", "keep_super_experts": True}
+
+    async def test(world: JobWorld) -> None:
+        fields = {**asked, "experts": "0.5"}
+        job = done(await world.ended(world.add(method="reap", **fields)))
+        assert job.result is not None
+        plan = world.store.plans.load(job.result["digest"])
+        kept = [layer.kept_experts for layer in plan.layers]
+        assert kept[0] == 8
+        assert set(kept[1:]) <= {3, 6}
+        assert plan.lineage.parameters["allowed_counts"] == [3, 6]
+        assert plan.lineage.parameters["keep_super_experts"]
+
+    run(tmp_path, test)
+
+
+def test_a_search_for_budgets_that_is_killed_goes_on_to_the_same_plan(tmp_path: Path) -> None:
+    settings = {"population": 6, "elites": 2, "generations": 2}
+    asked = {"method": "reap", "allocate": "evoesap", "settings": settings, "seed": 2}
+    results = []
+
+    async def unbroken(world: JobWorld) -> None:
+        job = done(await world.ended(world.add(**asked)))
+        assert job.result is not None
+        plan = world.store.plans.load(job.result["digest"])
+        assert sum(layer.kept_experts for layer in plan.layers) == 16
+        assert plan.lineage.parameters["allocate"] == "evoesap"
+        assert plan.lineage.scores["allocation"]["name"] == "evoesap"
+        assert job.best is not None
+        results.append(job.result)
+
+    async def broken(world: JobWorld) -> None:
+        job_id = world.add(**asked)
+        await world.evaluated(job_id, 3)
+        world.kill()
+        results.append(done(await world.ended(job_id)).result)
+
+    run(tmp_path / "unbroken", unbroken)
+    run(tmp_path / "broken", broken)
+    assert results[0] == results[1]
+
+
+def test_a_job_learns_from_kept_prompts_as_they_were_when_it_began(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    for number, line in enumerate(TRAIN.read_text().splitlines()[:10]):
+        (prompts / f"{number:03d}-a.jsonl").write_text(line + "\n")
+    lines = [json.loads(path.read_text()) for path in sorted(prompts.iterdir())]
+    asked: dict[str, Any] = {"source": {"prompts": "kept"}, "dev": None}
+    asked |= {"method": "eep", "settings": {**EEP, "dev_num": 2}, "max_rows": 10}
+
+    async def test(world: JobWorld) -> None:
+        job_id = world.add(**asked)
+        await world.evaluated(job_id)
+        for path in prompts.iterdir():  # their time is over; the job goes on
+            path.unlink()
+        job = done(await world.ended(job_id))
+        assert job.result is not None
+        assert job.result["measure"] == "esap"
+        copy = world.store.files / "jobs" / job_id / "prompts.jsonl"
+        assert [json.loads(line) for line in copy.read_text().splitlines()] == lines
+        assert copy.stat().st_mode & 0o777 == 0o600
+        assert 0 < job.result["scores"]["dev"]["plan"]["mean"] <= 1
+
+    run(tmp_path, test)
+
+
+def test_replicas_share_the_queue_and_go_on_with_each_others_jobs(url: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        worlds = [JobWorld(tmp_path / "files", url=url, replica=name) for name in ("one", "two")]
+        one, two = worlds
+        ids = [one.add(method="eep", settings=EEP, tag=tag, seed=5) for tag in ("a", "b")]
+        for world in worlds:
+            world.supervisor.start()
+        try:
+            async with asyncio.timeout(400):
+                for job_id in ids:
+                    await one.evaluated(job_id)
+                assert None not in (one.worker, two.worker), "each of the two works on one"
+                await one.supervisor.stop()
+                jobs = [done(await one.ended(job_id)) for job_id in ids]
+        finally:
+            for world in worlds:
+                await world.supervisor.stop()
+        results = [job.result for job in jobs]
+        assert None not in results
+        digests = {result["digest"] for result in results if result is not None}
+        assert len(digests) == 1, "same seed, same plan, whoever worked on it"
+        for world in worlds:
+            assert set(world.store.variants.all()) == {"a", "b"}
+            world.store.close()
+
+    asyncio.run(test())
