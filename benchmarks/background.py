@@ -5,9 +5,9 @@
 
 * search: one server, streams from another process that never stop, and a job (EEP without labels,
   agreement with the full model) that the switch of background work stops and lets go on: windows
-  with and without it alternate. Time to the first token, time per output token, the longest gap
-  between two chunks of an answer, and the whole answer, at the median and the 99th percentile, and
-  tokens a second.
+  with and without it alternate. A window with it begins once it has scored a candidate. Time to the
+  first token, time per output token, the longest gap between two chunks of an answer, and the whole
+  answer, at the median and the 99th percentile, and tokens a second.
 * statistics: two servers, one of which counts its routing; each in turn answers the same prompts
   one window long while the other is idle. CPU seconds of its engine per token, which the other
   tenants of a machine disturb least.
@@ -40,6 +40,8 @@ KINDS = ("first token", "per output token", "longest gap", "whole answer")
 ROWS = 64
 SETTLE = 2.0
 """Seconds after a change before a window begins."""
+PATIENCE = 300.0
+"""Seconds that a search may take to go on."""
 Json = dict[str, Any]
 Window = tuple[float, float]
 
@@ -82,15 +84,20 @@ def _search(model: Path, vocabulary: int, arguments: argparse.Namespace) -> Json
     _write_rows(rows, vocabulary)
     served = Served(model, "float32")
     with served.server:
-        job = served.admin.start_job(_request(rows, arguments.share))
-        windows = {
-            "off": lambda: served.admin.set_background(False),
-            "on": lambda: served.admin.set_background(True),
-        }
+        job = served.admin.start_job(_request(rows, arguments.share))["id"]
+
+        def on() -> None:
+            before = _evaluations(served, job)
+            served.admin.set_background(True)
+            deadline = time.monotonic() + PATIENCE
+            while _evaluations(served, job) == before:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"no candidate in {PATIENCE:g} s: {served.admin.job(job)}")
+                time.sleep(0.2)
+
+        windows = {"off": lambda: served.admin.set_background(False), "on": on}
         streams, taken = _windows(served, windows, arguments)
-        state = served.admin.job(job["id"])
-    if state["state"] not in ("queued", "running"):
-        raise RuntimeError(f"the job ended before the last window: {state}")
+        state = served.admin.job(job)
     sides = {side: [latency(streams, window) for window in taken[side]] for side in windows}
     return {
         "job": {key: state[key] for key in ("progress", "cost")},
@@ -103,6 +110,14 @@ def _search(model: Path, vocabulary: int, arguments: argparse.Namespace) -> Json
             for name in sides["on"][0]
         },
     }
+
+
+def _evaluations(served: Served, job: str) -> int:
+    """Plans that it has scored."""
+    found = served.admin.job(job)
+    if found["state"] not in ("queued", "running"):
+        raise RuntimeError(f"the job ended before the last window: {found}")
+    return int(found["cost"].get("evaluations", 0))
 
 
 def _request(rows: Path, share: float | None) -> Json:

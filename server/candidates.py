@@ -62,9 +62,14 @@ class LiveCandidates:
         await self._runner.make_way()
 
     async def score(
-        self, plans: Sequence[Plan | None], rows: Sequence[TokenRow], *, against_full: bool = False
+        self,
+        plans: Sequence[Plan | None],
+        rows: Sequence[TokenRow],
+        *,
+        against_full: bool = False,
+        reference: Plan | None = None,
     ) -> list[AnswerScores | LiveprunError]:
-        """See ``control_plane.Candidates.score``."""
+        """See ``control_plane.Candidates.score``; ``reference`` stands for the full model there."""
         self._check_tokens(token for row in rows for token in (*row.prompt, *row.answer))
         engine = self._engine
         return await self._evaluate(
@@ -72,6 +77,7 @@ class LiveCandidates:
             plans,
             lambda served: engine.score(served, rows, against_full=against_full),
             (lambda served: engine.keep_reference(served, rows)) if against_full else None,
+            reference,
         )
 
     async def generate(
@@ -96,9 +102,10 @@ class LiveCandidates:
         kind: str,
         plans: Sequence[Plan | None],
         work: Work[T],
-        reference: Work[None] | None = None,
+        first: Work[None] | None = None,
+        reference: Plan | None = None,
     ) -> list[T | LiveprunError]:
-        """``reference``: work with the full model that comes first."""
+        """``first``: work with the reference (None: the full model) that comes before."""
         self._engine.check_background()
         if self._closed:
             raise ConflictError(f"{kind}: {self._closed}")
@@ -106,8 +113,8 @@ class LiveCandidates:
 
         async def run() -> list[T | LiveprunError]:
             try:
-                if reference is not None:
-                    await self._swapper.try_out(self._change(session.operation, None), reference)
+                if first is not None:
+                    await self._swapper.try_out(self._change(session.operation, reference), first)
                 return [await self._try_out(session.operation, plan, work) for plan in plans]
             finally:
                 await uninterrupted(self._tidy())

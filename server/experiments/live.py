@@ -97,6 +97,14 @@ class LiveExperiments:
         """What this process measured, phases before a restart included; None: it is not running."""
         return self._measurements.get(name)
 
+    def control_of(self, name: str) -> str | None:
+        """Tag of the control arm's variant; None: the experiment is not running."""
+        running = self._running.get(name)
+        if running is None:
+            return None
+        experiment = running.experiment
+        return next(arm.variant for arm in experiment.arms if arm.name == experiment.control)
+
     def route(
         self,
         model: str,

@@ -140,8 +140,7 @@ def _check_search(request: JobRequest, spec: ModelSpec) -> None:
     foreign = [name for name in ONE_PASS if name in given]
     if foreign:
         raise PlanError(f"{foreign[0]}: found with method {SEARCH}, which does not have it")
-    if request.experts is None:
-        raise PlanError(f"experts: missing, expected for method {SEARCH}")
     if isinstance(request.top_k, list):
         raise PlanError(f"top_k: found a list, expected one number for method {SEARCH}")
-    make_space(spec, search_settings(request), experts=request.experts, top_k=request.top_k)
+    experts = request.experts if request.experts is not None else 1.0  # refused: nothing is pruned
+    make_space(spec, search_settings(request), experts=experts, top_k=request.top_k)

@@ -196,6 +196,8 @@ class FakeEngine:
         self.by_priority = True
         self.reference: tuple[TokenRow, ...] = ()
         """What ``keep_reference`` has kept."""
+        self.references: list[Plan | None] = []
+        """Whose that was, at each call."""
         self._spare_rows = spare_rows
         self._row_bytes = row_bytes
         self._other = other_weights
@@ -329,7 +331,7 @@ class FakeEngine:
 
     @operation
     def keep_reference(self, full: Served, rows: Sequence[TokenRow]) -> None:
-        assert self.held[full.slot].plan is None
+        self.references.append(self.held[full.slot].plan)
         self.reference = tuple(rows)
 
     @operation
@@ -339,7 +341,8 @@ class FakeEngine:
         assert not against_full or self.reference == tuple(rows)
         answer = np.array([token for row in rows for token in row.answer])
         values = np.full(len(answer), self._plan_number(variant))
-        return AnswerScores(answer, values, values if against_full else None)
+        compared = (values, values) if against_full else ()
+        return AnswerScores(answer, values, *compared)
 
     @operation
     def forget_scores(self) -> None:

@@ -55,6 +55,7 @@ def test_each_plan_is_scored_and_nothing_is_left(tmp_path: Path) -> None:
             assert [number(x) for x in found] == [plan_number(plan) for plan in plans]
             assert all(isinstance(x, AnswerScores) and x.overlap is not None for x in found)
             assert w.snapshot() == before
+            assert w.engine.references == [None]
             assert w.engine.reference == ()
             cards, live = w.registry.cards(), w.registry.saved().live
             assert {(str(c), lives, count) for _, c, lives, count in seen} == {

@@ -122,7 +122,7 @@ def test_what_contradicts_itself_is_no_request(bad: dict[str, Any], match: str) 
         ({"experts": "4,4"}, PlanError, "list"),
         ({"experts": "1", "top_k": 2}, PlanError, "top"),
         ({"method": "eep", "top_k": [1, 1]}, PlanError, "top_k: found a list"),
-        ({"method": "eep", "target_memory": 10**6}, PlanError, "experts: missing"),
+        ({"method": "eep", "target_memory": 10**6}, PlanError, "target_memory: found"),
         ({"method": "eep", "allocate": "global"}, PlanError, "allocate: found"),
         ({"target_memory": 10}, PlanError, "expected at least"),
         ({"method": "eep", "snap": "4"}, PlanError, "snap: found with method eep"),
