@@ -4,7 +4,8 @@ In this order:
 
 - INVALID: units do not fall into arms by their shares (sample-ratio mismatch).
 - ROLLBACK: a guardrail is proven worse than its margin allows.
-- SHIP: the primary measure is proven better, and every guardrail is proven within its margin.
+- SHIP: the primary measure, if there is one, is proven better, and every guardrail is proven within
+  its margin.
 - HOLD: none of these, yet.
 """
 
@@ -67,8 +68,9 @@ def decide(record: Record) -> Decision:
     }
     shippable = [arm for arm, reasons in missing.items() if not reasons]
     if shippable:
-        gain = {x.arm: gain_of(experiment.primary, x) for x in findings if x.role == "primary"}
-        arm = max(shippable, key=lambda name: gain[name])
+        aim = experiment.primary
+        gain = {x.arm: gain_of(aim, x) for x in findings if aim and x.role == "primary"}
+        arm = max(shippable, key=lambda name: gain.get(name, 0.0))  # the first, without an aim
         reasons = tuple(say(x) for x in findings if x.arm == arm)
         return _finish(record, "SHIP", arm, reasons, p, findings)
     held = tuple(f"{arm}: {reason}" for arm, reasons in missing.items() for reason in reasons)

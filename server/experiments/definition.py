@@ -50,7 +50,9 @@ class Experiment:
     arms: tuple[Arm, ...]
     control: str
     """Name of the arm that the others are compared with."""
-    primary: Measure
+    primary: Measure | None
+    """None: what the treatment saves is known without measuring (memory), so that it ships once all
+    guardrails hold."""
     guardrails: tuple[Guardrail, ...]
     unit: tuple[str, ...] = UNIT_CHAIN
     """Where a request's unit is looked for, in order."""
@@ -109,7 +111,7 @@ class Experiment:
                 }
                 for arm in self.arms
             ],
-            "primary": dataclasses.asdict(self.primary),
+            "primary": None if self.primary is None else dataclasses.asdict(self.primary),
             "guardrails": [
                 dataclasses.asdict(x.measure) | {"margin": x.margin, "relative": x.relative}
                 for x in self.guardrails
@@ -141,11 +143,14 @@ def experiment_from(form: object) -> Experiment:
         raise fields.error("arms", "no weight outside the control arm", "at least one with weight")
     if any(arm.shadow for arm in arms if arm.name == control):
         raise fields.error("arms", f"the control arm {control} as a shadow", "one that answers")
-    primary = _measure(fields.any("primary"), f"{fields.where}: primary")
+    aim = fields.any("primary")
+    primary = None if aim is None else _measure(aim, f"{fields.where}: primary")
     guardrails = tuple(
         _guardrail(item, f"{fields.where}: guardrail {i}")
         for i, item in enumerate(fields.items("guardrails", ()), 1)
     )
+    if primary is None and not guardrails:
+        raise fields.error("primary", None, "a measure, or guardrails to be held without one")
     labels = [x.label for x in guardrails]
     for label in labels:
         if labels.count(label) > 1:

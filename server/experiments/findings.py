@@ -56,8 +56,9 @@ def findings_of(
         arm: a treatment arm.
         contrasts: label of the measure to contrast; None or missing: nothing measured yet.
     """
-    primary = experiment.primary
-    found = [_primary(arm, primary, contrasts.get(primary.label), ship_alpha(experiment))]
+    found = []
+    if (primary := experiment.primary) is not None:
+        found.append(_primary(arm, primary, contrasts.get(primary.label), ship_alpha(experiment)))
     for guardrail in experiment.guardrails:
         contrast = contrasts.get(guardrail.label)
         found.append(

@@ -85,9 +85,8 @@ def record_of(
     if not measurements.phases:
         raise ExperimentError(f"experiment {experiment.name}: found no phase, expected one")
     levels = (rollback_alpha(experiment), ship_alpha(experiment))
-    measures = {
-        x.label: x for x in (experiment.primary, *(g.measure for g in experiment.guardrails))
-    }
+    wanted = (experiment.primary, *(g.measure for g in experiment.guardrails))
+    measures = {x.label: x for x in wanted if x is not None}
     return Record(
         experiment,
         now,

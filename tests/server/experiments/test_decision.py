@@ -110,6 +110,16 @@ def test_ship_when_better_and_every_guardrail_within() -> None:
     assert found.reasons[0].startswith("e2e_seconds: better: 1 against 2, difference from -1.1")
 
 
+def test_without_an_aim_it_ships_once_every_guardrail_holds() -> None:
+    aimless = experiment(primary=None)
+    found = decide(record(of=aimless))
+    assert (found.verdict, found.arm) == ("SHIP", "pruned")
+    assert states(found) == {"loop": "within", "score": "within"}
+    unclear = decide(record({"score": rate(0.8, 0.75, 60)}, of=aimless))
+    assert unclear.verdict == "HOLD"
+    assert [reason.partition(":")[0] for reason in unclear.reasons] == ["pruned"]
+
+
 @pytest.mark.parametrize(
     ("worse", "name"),
     [({"loop": rate(0.001, 0.2)}, "loop"), ({"score": rate(0.8, 0.5)}, "score")],

@@ -62,10 +62,20 @@ def test_json_round_trip() -> None:
             ramp=[0.5],
             dry_run=True,
             unit=["header:x-tenant", "request-id"],
+            fidelity=0.1,
+            arms=[
+                {"name": "full", "variant": "full", "weight": 0.9},
+                {"name": "pruned", "variant": "e4k1", "weight": 0.1, "shadow": True},
+            ],
         )
     )
+    assert [arm.shadow for arm in found.arms] == [False, True]
+    assert found.fidelity == 0.1
     assert found.start == 1_769_846_400.0
     assert experiment_from(json.loads(json.dumps(found.to_json()))) == found
+    aimless = experiment_from(form(primary=None))
+    assert aimless.primary is None
+    assert experiment_from(json.loads(json.dumps(aimless.to_json()))) == aimless
 
 
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=7))
@@ -113,6 +123,17 @@ def test_shares_are_millionths_that_sum_to_one(parts: list[int]) -> None:
         ({"actions": ["explode"]}, "actions: found 'explode'"),
         ({"start": "2026-01-31T08:00:00"}, "start: found"),
         ({"start": 10, "end": 10}, "end: found 10"),
+        ({"primary": None, "guardrails": []}, "primary: found None, expected a measure, or guard"),
+        ({"fidelity": 1.1}, "fidelity: found 1.1"),
+        (
+            {
+                "arms": [
+                    {"name": "full", "variant": "full", "weight": 0.9, "shadow": True},
+                    {"name": "pruned", "variant": "e4k1", "weight": 0.1},
+                ]
+            },
+            "the control arm full as a shadow",
+        ),
         ({"dry_run": "yes"}, "dry_run: found 'yes', expected true or false"),
     ],
 )
@@ -154,6 +175,9 @@ def test_experiments_on_one_alias_exclude_each_other() -> None:
     )
     with pytest.raises(ExperimentError, match=r"experiment b: traffic: found \[0.4, 1\) .* a owns"):
         check_exclusive([layered("a", [0, 0.5]), layered("b", [0.4, 1])])
+    other = experiment_from(form(name="b", traffic=[0.5, 1], unit=["api-key", "request-id"]))
+    with pytest.raises(ExperimentError, match="unit: found api-key, request-id, expected that of"):
+        check_exclusive([layered("a", [0, 0.5]), other])
 
 
 @pytest.mark.parametrize(
