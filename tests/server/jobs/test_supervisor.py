@@ -292,9 +292,13 @@ def test_a_job_learns_from_kept_prompts_as_they_were_when_it_began(tmp_path: Pat
     run(tmp_path, test)
 
 
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_replicas_share_the_queue_and_go_on_with_each_others_jobs(url: str, tmp_path: Path) -> None:
     async def test() -> None:
-        worlds = [JobWorld(tmp_path / "files", url=url, replica=name) for name in ("one", "two")]
+        worlds = [
+            JobWorld(tmp_path / "files", url=url, replica=name, lease=15.0)
+            for name in ("one", "two")
+        ]
         one, two = worlds
         ids = [one.add(method="eep", settings=EEP, tag=tag, seed=5) for tag in ("a", "b")]
         for world in worlds:
