@@ -175,7 +175,7 @@ def test_an_engine_that_does_not_answer_leaves_the_counts(
 def test_names_and_labels_keep_the_rules() -> None:
     metrics = refreshed(FakeControl())
     families = list(text_string_to_metric_families(metrics.page("")[0].decode()))
-    assert len(families) == 21
+    assert len(families) == 28
     for family in families:
         assert re.fullmatch(r"liveprune_[a-z_]+", family.name)
         assert family.documentation.endswith(".")
