@@ -134,6 +134,9 @@ def serve(
     admin_key_file: Annotated[
         Path | None, typer.Option(help="Admin keys, one a line; default: in the state folder.")
     ] = None,
+    experiment_interval: Annotated[
+        float, typer.Option(min=1, help="Seconds between two decisions on an experiment.")
+    ] = 10,
     live_statistics: Annotated[
         bool,
         typer.Option(
@@ -198,6 +201,7 @@ def serve(
         store_quota=parse_bytes("--store-quota", store_quota),
         keep_jobs=keep_jobs,
         replica=replica,
+        experiment_interval=experiment_interval,
         statistics=StatisticsOptions(
             on=live_statistics,
             sample=statistics_sample,
