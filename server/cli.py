@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from liveprune.pruning.errors import LiveprunError, VariantError
-from liveprune.server import cli_jobs, cli_live
+from liveprune.server import cli_experiments, cli_jobs, cli_live
 from liveprune.server.admin_key import STATE_VARIABLE, STORE_VARIABLE
 from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
 from liveprune.server.cli_pareto import pareto
@@ -33,6 +33,7 @@ app.command()(pareto)
 app.command()(statistics)
 cli_live.register(app)
 cli_jobs.register(app)
+cli_experiments.register(app)
 app.add_typer(store_app, name="store")
 console = Console()
 
