@@ -14,6 +14,7 @@ from liveprune.server.experiment_service import ExperimentService
 from liveprune.server.experiment_worker import ExperimentWorker
 from liveprune.server.experiments.definition import Experiment, experiment_from
 from liveprune.server.experiments.live import Assignment, LiveExperiments
+from liveprune.server.operations import State
 from liveprune.server.store.store import Store
 from tests.server.fake_control import MODEL, FakeControl, view
 
@@ -115,6 +116,7 @@ class Site:
 
     async def promoted(self) -> list[Any]:
         """Look until no promotion is under way; the swaps that were asked for."""
+        self.control.steps = self.control.steps or [State.DONE]
         await self.worker.look()
         if self.promoter._task is not None:
             await asyncio.wait({self.promoter._task})

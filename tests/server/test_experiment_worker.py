@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ def site(tmp_path: Path, clock: Clock) -> Iterator[Site]:
     made = Site(tmp_path, clock)
     yield made
     made.store.close()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(50):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 def test_a_bad_arm_is_rolled_back(site: Site, clock: Clock, caplog: Any) -> None:
@@ -224,16 +230,12 @@ def test_a_store_that_is_away_loses_nothing(
         monkeypatch.setattr(MeasurementRows, "write", failing)
         site.worker.start()
         arms = site.serve(40)
-        async with asyncio.timeout(20):
-            while looks < 5:
-                await asyncio.sleep(0.001)
+        await until(lambda: looks >= 5)
         assert site.serve(40) == arms, "it goes on"
         assert (await site.service.feedback("id-3", 1.0)).arm == arms["user-3"]
         away = False
         seen = looks
-        async with asyncio.timeout(20):
-            while looks < seen + 3:
-                await asyncio.sleep(0.001)
+        await until(lambda: looks >= seen + 3)
         await site.worker.stop()
         body = await site.service.get("halve")
         assert sum(arm.requests for arm in body.arms) == 80
@@ -262,7 +264,7 @@ def test_a_damaged_experiment_harms_no_other(site: Site, caplog: Any) -> None:
         for _ in range(2):
             await again.look()
         assert {x.experiment.name for x in again.live.running} == {"halve"}
-        assert again.verdicts() == ["HOLD"]
+        assert set(again.verdicts()) == {"HOLD"}
         shown = {x.name: x.paused for x in await again.service.newest()}
         assert shown["halve"] is None
         assert "model: found None" in str(shown["rest"])

@@ -153,7 +153,7 @@ def test_a_key_gives_the_same_experiment(opened: Open) -> None:
     assert store.experiments.add(experiment(), key="k") == first
     assert store.experiments.by_key("k") == first
     assert store.experiments.by_key("other") is None
-    with pytest.raises(ConflictError, match="'k': came with another request, which began.* halve"):
+    with pytest.raises(ConflictError, match=r"'k': came with another request, which began.* halve"):
         store.experiments.add(experiment(alpha=0.1), key="k")
 
 
@@ -161,7 +161,7 @@ def test_units_of_one_alias_belong_to_one_experiment(opened: Open, clock: Clock)
     store = opened()
     later = {"start": START + 100}
     store.experiments.add(experiment(traffic=[0, 0.5], **later))
-    with pytest.raises(ExperimentError, match="quarter: traffic: found .* which experiment halve"):
+    with pytest.raises(ExperimentError, match=r"quarter: traffic: found .* which experiment halve"):
         store.experiments.check(experiment(name="quarter", traffic=[0.25, 0.75]))
     with pytest.raises(ExperimentError, match="which experiment halve owns"):
         store.experiments.add(experiment(name="quarter", traffic=[0.25, 0.75]))
