@@ -55,7 +55,7 @@ def opened(url: str, tmp_path: Path, clock: Clock) -> Iterator[Open]:
 
 
 def answer(number: int = 1, **changes: Any) -> Assignment:
-    found = Assignment("halve", "pruned", "e4", None, 0, 2**64 - number, True, 0.5)
+    found = Assignment("halve", "pruned", "e4", None, 0, 2**64 - number, counted=True, fidelity=0.5)
     return dataclasses.replace(found, **changes)
 
 
