@@ -102,12 +102,12 @@ class Decisions:
                 connection, found, owner, outcome, moment=moment, mismatch_p=p, reason=reason
             ):
                 return False
-            if not news:
-                self._thin_out(connection, found.name, moment)
             values = {"time": moment, "record": record, "decision": decision, "kept": news}
-            connection.execute(
-                _TABLE.insert().values(model=self._model, experiment=found.name, **values)
-            )
+            insert = _TABLE.insert().values(model=self._model, experiment=found.name, **values)
+            number = connection.execute(insert.returning(_TABLE.c.id)).scalar_one()
+            if not news:
+                # After it: SQLite gives the number of a last row that is gone away again.
+                self._thin_out(connection, found.name, number, moment)
             if outcome.promote is not None:
                 self._promote(connection, found.name, outcome.promote, moment)
             return True
@@ -187,17 +187,18 @@ class Decisions:
                 )
             )
 
-    def _thin_out(self, connection: Connection, name: str, moment: float) -> None:
-        """Make room for one more that says nothing new."""
+    def _thin_out(self, connection: Connection, name: str, newest: int, moment: float) -> None:
+        """Of those that say nothing new, leave the last of each minute, and not too many."""
         mine = (
             _TABLE.c.model == self._model,
             _TABLE.c.experiment == name,
             _TABLE.c.kept.is_(False),
         )
         since = moment // THINNED_SECONDS * THINNED_SECONDS
-        connection.execute(_TABLE.delete().where(*mine, _TABLE.c.time >= since))
-        newest = sa.select(_TABLE.c.id).where(*mine).order_by(_TABLE.c.id.desc())
-        beyond = connection.scalar(newest.offset(MOST_THINNED - 1).limit(1))
+        same_minute = (_TABLE.c.time >= since, _TABLE.c.id < newest)
+        connection.execute(_TABLE.delete().where(*mine, *same_minute))
+        order = sa.select(_TABLE.c.id).where(*mine).order_by(_TABLE.c.id.desc())
+        beyond = connection.scalar(order.offset(MOST_THINNED).limit(1))
         if beyond is not None:
             connection.execute(_TABLE.delete().where(*mine, _TABLE.c.id <= beyond))
 

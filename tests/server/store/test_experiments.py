@@ -283,9 +283,12 @@ def test_decisions_that_say_nothing_new_are_thinned_out(
     clock.now = 2e9 - 2e9 % 60
     first = clock.now
     assert decide(store, clock, news=True)
+    ids = []
     for _ in range(12):  # two minutes and the first look of a third
         clock.now += 10
         assert decide(store, clock)
+        ids.append(store.decisions.newest_ids()["halve"])
+    assert ids == sorted(set(ids)), "a number is never given again"
     times = [x.time - first for x in store.decisions.of("halve")]
     assert times == [0, 50, 110, 120], "the last of each minute, and all that is news"
     for _ in range(10):
