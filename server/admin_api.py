@@ -17,17 +17,20 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response, Secu
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.responses import JSONResponse
 
-from liveprune.pruning.errors import LiveprunError
-from liveprune.server import admin_candidates, admin_jobs, admin_statistics
+from liveprune.pruning.errors import LiveprunError, VariantError
+from liveprune.server import admin_candidates, admin_events, admin_jobs, admin_statistics
 from liveprune.server.admin_auth import AdminGate
 from liveprune.server.admin_changes import Admin
-from liveprune.server.admin_errors import add_error_handlers
+from liveprune.server.admin_dashboard import add_dashboard
+from liveprune.server.admin_errors import UnknownVariantError, add_error_handlers
+from liveprune.server.admin_events import ExperimentSource, event_sources
 from liveprune.server.admin_models import (
     AddVariant,
     Alive,
     ErrorBody,
     OperationBody,
     OperationList,
+    PlanBody,
     Ready,
     StatusBody,
     Swap,
@@ -38,6 +41,7 @@ from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog
 from liveprune.server.body_limit import BodyLimit
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.event_feed import EventFeed
 from liveprune.server.jobs.service import JobService
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_metrics import LiveMetrics
@@ -46,7 +50,8 @@ from liveprune.server.operations import Operation
 __all__ = ["ControlPlane", "make_app"]
 
 OPEN_PATHS = ("/health", "/ready", "/metrics")
-"""Paths that need no key: they tell probes and Prometheus how the server is, nothing else."""
+"""Paths that need no key, beside the page's files: they tell probes and Prometheus how the server
+is, nothing else."""
 READY_TIMEOUT = 5.0
 """Seconds; an engine that does not answer by then is not ready."""
 
@@ -127,6 +132,16 @@ async def remove_variant(
 
     parameters = {"tag": tag, "idempotency_key": key}
     return await admin.change(request, response, parameters, lambda: admin.existing(tag, run))
+
+
+@router.get("/variants/{tag:path}/plan")
+async def get_plan(tag: str, admin: AdminDependency) -> PlanBody:
+    """What a variant leaves of each layer's experts."""
+    found = await admin.tag(tag)
+    try:
+        return PlanBody.of(await admin.control.layers(found))
+    except VariantError as error:
+        raise UnknownVariantError(str(error)) from error
 
 
 @router.post("/swap", status_code=202)
@@ -227,6 +242,7 @@ def make_app(
     metrics: LiveMetrics | None = None,
     jobs: JobService | None = None,
     calibration: LiveCalibration | None = None,
+    experiments: ExperimentSource | None = None,
 ) -> FastAPI:
     """Put the admin app together.
 
@@ -238,6 +254,7 @@ def make_app(
         metrics: those that the public port shows as well; None makes some for this app alone.
         jobs: background jobs; None where there is no store.
         calibration: statistics of live traffic; None where it is not counted.
+        experiments: those of this server; None where there can be none.
     """
     app = FastAPI(
         title="Liveprune admin API",
@@ -247,8 +264,16 @@ def make_app(
         generate_unique_id_function=lambda route: route.name,
     )
     shown = metrics or LiveMetrics(control)
-    app.state.admin = Admin(control, audit, AllowedPaths(roots), shown, jobs, calibration)
-    for each in (router, admin_candidates.router, admin_jobs.router, admin_statistics.router):
+    admin = Admin(control, audit, AllowedPaths(roots), shown, jobs, calibration)
+    app.state.admin = admin
+    app.state.events = EventFeed(event_sources(admin, experiments))
+    for each in (
+        router,
+        admin_candidates.router,
+        admin_events.router,
+        admin_jobs.router,
+        admin_statistics.router,
+    ):
         app.include_router(
             each,
             prefix="/admin/v1",
@@ -261,8 +286,9 @@ def make_app(
             ],
         )
     app.include_router(probes)
+    page = add_dashboard(app)
     app.add_middleware(BodyLimit)
     # The last added is the outermost: nothing of a body is read without a key.
-    app.add_middleware(AdminGate, keys=keys, open_paths=OPEN_PATHS)
+    app.add_middleware(AdminGate, keys=keys, open_paths={*OPEN_PATHS, *page})
     add_error_handlers(app)
     return app

@@ -111,7 +111,9 @@ class LiveServer:
                 jobs=background.jobs,
                 calibration=calibration,
             )
-            running = await admin_server.start(app, listener=self._listener)
+            running = await admin_server.start(
+                app, listener=self._listener, on_stop=app.state.events.close
+            )
             stack.push_async_callback(running.stop)
             background.supervisor.start()
             stack.push_async_callback(background.supervisor.stop)
