@@ -20,6 +20,7 @@ const MEANING = {
 const KINDS = { add: "Add", remove: "Remove", swap: "Swap to", rollback: "Roll back to",
   score: "Score candidates on", generate: "Candidates answer on" };
 const LAST = 5;
+const LONGEST = 3;
 
 /** A change in a few words. */
 export function title(operation) {
@@ -56,28 +57,25 @@ function underWay(operation) {
 }
 
 function past(operations) {
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Last changes" },
-    el("table", null,
-      el("caption", null, "Last changes"),
-      el("thead", null, el("tr", null,
-        el("th", { scope: "col" }, "Change"),
-        el("th", { scope: "col" }, "Outcome"),
-        el("th", { scope: "col" }, "Ended"),
-        el("th", { scope: "col" }, "Took"))),
-      el("tbody", null, operations.map((operation) => el("tr", { "data-key": operation.id },
-        el("th", { scope: "row" }, title(operation), slowest(operation)),
-        el("td", { class: operation.state === "failed" ? "bad" : null }, operation.state,
-          operation.error && el("small", null, operation.error)),
-        el("td", null, moment(operation.finished)),
-        el("td", null, duration(operation.finished - operation.created)))))));
+  return [
+    el("h3", { "data-key": "past" }, "Last changes"),
+    el("ul", { class: "past" }, operations.map((operation) => el("li", { "data-key": operation.id },
+      el("p", null, title(operation), " ",
+        el("span", { class: `badge ${operation.state}` }, operation.state)),
+      operation.error && el("p", { class: "bad" }, operation.error),
+      el("p", { class: "quiet" }, told(operation))))),
+  ];
 }
 
-function slowest({ seconds, freed_bytes: freed }) {
-  const told = Object.entries(seconds).sort((a, b) => b[1] - a[1]).slice(0, 3)
+function told({ created, finished, seconds, freed_bytes: freed }) {
+  const longest = Object.entries(seconds).sort((a, b) => b[1] - a[1]).slice(0, LONGEST)
     .filter(([, time]) => time >= 0.001)
     .map(([state, time]) => `${state} ${duration(time)}`);
-  if (freed > 0) told.push(`freed ${bytes(freed)}`);
-  return told.length ? el("small", null, told.join(" · ")) : null;
+  return [
+    `${moment(finished)}, took ${duration(finished - created)}`,
+    ...longest,
+    freed > 0 && `freed ${bytes(freed)}`,
+  ].filter(Boolean).join(" · ");
 }
 
 function noted({ error, notes }) {

@@ -10,7 +10,7 @@ const MEANING = {
   INVALID: "The units do not fall into the arms by their shares: nothing can be compared.",
   ROLLBACK: "A guardrail is proven worse than its margin.",
   SHIP: "Proven better, and every guardrail proven within its margin.",
-  HOLD: "Nothing is proven yet.",
+  HOLD: "Not enough is proven yet.",
 };
 const GLYPHS = { INVALID: "✕", ROLLBACK: "↩", SHIP: "✓", HOLD: "…" };
 const QUANTILES = ["p50", "p95", "p99"];
@@ -50,11 +50,13 @@ function body(experiment, decisions) {
     experiment.paused && el("p", { class: "bad" }, `Paused here: ${experiment.paused}`),
     decision ? verdict(decision) : el("p", { class: "quiet" }, "Nothing decided yet."),
     el("p", { class: "quiet" }, facts(experiment)),
-    el("h4", null, "Arms"), arms(experiment),
-    decision && [el("h4", null, "What is proven"), findings(experiment, decision)],
+    el("div", { class: "evidence" },
+      el("div", null, el("h4", null, "Arms"), arms(experiment)),
+      decision && el("div", null,
+        el("h4", null, "What is proven"), findings(experiment, decision))),
     el("details", { open: ACTIVE.includes(experiment.state) },
       el("summary", null, "Intervals over time"), over(decisions, (list) => history(experiment, list))),
-    el("details", null, el("summary", null, "Decisions and actions"), over(decisions, decisionTable)),
+    el("details", null, el("summary", null, "Decisions and actions"), over(decisions, (list) => decisionTable(experiment, list))),
   ];
 }
 

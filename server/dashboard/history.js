@@ -14,8 +14,12 @@ export function history(experiment, decisions) {
   }
   const shown = thinned(decisions);
   const arms = new Set(decisions.at(-1).findings.map(({ arm }) => arm));
-  return el("div", { class: "charts" }, decisions.at(-1).findings.map((newest) =>
-    chart(experiment, shown, newest, arms.size > 1)));
+  return [
+    el("div", { class: "charts" }, decisions.at(-1).findings.map((newest) =>
+      chart(experiment, shown, newest, arms.size > 1))),
+    el("p", { class: "quiet" }, "Band: where the difference lies. Line: as measured. Dashed: the ",
+      "limit; shaded: the wrong side of it. Upright: shares changed, or the experiment ended."),
+  ];
 }
 
 function chart(experiment, decisions, newest, severalArms) {
@@ -68,13 +72,13 @@ function domain(points) {
 }
 
 /** What was decided, where it was something new, and what was done about it. */
-export function decisionTable(decisions) {
+export function decisionTable({ name }, decisions) {
   const news = decisions.filter((decision, i) => {
     const before = decisions[i - 1];
     return !before || before.verdict !== decision.verdict || before.arm !== decision.arm ||
       decision.actions.length > 0 || before.withheld.join() !== decision.withheld.join();
   }).reverse().slice(0, LAST);
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Decisions" },
+  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Decisions of ${name}` },
     el("table", null,
       el("thead", null, el("tr", null, ["Time", "Verdict", "Done", "Withheld"].map((name) =>
         el("th", { scope: "col" }, name)))),

@@ -78,7 +78,7 @@ function stripes() {
     id: "stripes", width: 6, height: 6, patternUnits: "userSpaceOnUse",
     patternTransform: "rotate(45)",
   }, svg("rect", { class: "stripe-ground", width: 6, height: 6 }),
-  svg("rect", { class: "stripe", width: 3, height: 6 })));
+  svg("rect", { class: "stripe", width: 2, height: 6 })));
 }
 
 function swatch(kind) {

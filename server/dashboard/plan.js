@@ -9,8 +9,9 @@ const KINDS = [
   ["constant", "replaced by a constant"],
   ["dropped", "dropped"],
 ];
-const LABEL = 34;
+const LABEL = 40;
 const HEAD = 18;
+const TAIL = 104;
 
 /** What the marks mean; shapes differ, not only colours. */
 export function legend(layers) {
@@ -27,7 +28,7 @@ export function picture(layers, tag) {
   const size = cell - (cell > 8 ? 3 : 1);
   const left = LABEL + 6;
   const right = left + columns * cell + 12;
-  const width = right + 92;
+  const width = right + TAIL;
   const height = HEAD + layers.length * row + 2;
   const drawn = Object.fromEntries(KINDS.map(([kind]) => [kind, ""]));
   layers.forEach((layer, i) => {
@@ -46,11 +47,11 @@ export function picture(layers, tag) {
       svg("text", { x: LABEL, y: 12, class: "end quiet" }, "layer"),
       numbers.map((id) => svg("text", { x: left + id * cell + cell / 2, y: 12, class: "middle quiet" }, id)),
       svg("text", { x: right, y: 12, class: "quiet" }, "experts"),
-      svg("text", { x: right + 90, y: 12, class: "end quiet" }, "top-k"),
+      svg("text", { x: width - 2, y: 12, class: "end quiet" }, "top-k"),
       layers.map((layer, i) => [
         svg("text", { x: LABEL, y: middle(i), class: "end" }, layer.layer),
         svg("text", { x: right, y: middle(i) }, count(layer.remaining)),
-        svg("text", { x: right + 90, y: middle(i), class: "end" }, layer.top_k),
+        svg("text", { x: width - 2, y: middle(i), class: "end" }, layer.top_k),
       ]),
       KINDS.map(([kind]) => drawn[kind] && svg("path", { class: `mark-${kind}`, d: drawn[kind] }))));
 }
