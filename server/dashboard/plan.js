@@ -1,7 +1,7 @@
 // A plan as a picture: a row for each layer, a column for each expert of the base model.
 
 import { el, svg } from "./dom.js";
-import { count, ranges } from "./format.js";
+import { ranges } from "./format.js";
 
 const KINDS = [
   ["kept", "kept"],
@@ -9,9 +9,10 @@ const KINDS = [
   ["constant", "replaced by a constant"],
   ["dropped", "dropped"],
 ];
-const LABEL = 40;
+// Right ends of the columns of numbers. They stand first, to be seen where the picture is cut off.
+const ENDS = { layer: 34, experts: 88, "top-k": 130 };
+const LEFT = 142;
 const HEAD = 18;
-const TAIL = 104;
 
 /** What the marks mean; shapes differ, not only colours. */
 export function legend(layers) {
@@ -26,15 +27,13 @@ export function picture(layers, tag) {
   const cell = columns <= 16 ? 18 : columns <= 64 ? 11 : columns <= 128 ? 8 : 6;
   const row = Math.max(cell, 15);
   const size = cell - (cell > 8 ? 3 : 1);
-  const left = LABEL + 6;
-  const right = left + columns * cell + 12;
-  const width = right + TAIL;
+  const width = LEFT + columns * cell + 2;
   const height = HEAD + layers.length * row + 2;
   const drawn = Object.fromEntries(KINDS.map(([kind]) => [kind, ""]));
   layers.forEach((layer, i) => {
     for (const [kind] of KINDS) {
       for (const id of idsOf(layer, kind)) {
-        drawn[kind] += path(kind, left + id * cell + (cell - size) / 2,
+        drawn[kind] += path(kind, LEFT + id * cell + (cell - size) / 2,
           HEAD + i * row + (row - size) / 2, size);
       }
     }
@@ -44,15 +43,14 @@ export function picture(layers, tag) {
   const middle = (i) => HEAD + i * row + row / 2 + 4;
   return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Picture of the plan of ${tag}` },
     svg("svg", { class: "plan", width, height, role: "img", "aria-label": summary(layers) },
-      svg("text", { x: LABEL, y: 12, class: "end quiet" }, "layer"),
-      numbers.map((id) => svg("text", { x: left + id * cell + cell / 2, y: 12, class: "middle quiet" }, id)),
-      svg("text", { x: right, y: 12, class: "quiet" }, "experts"),
-      svg("text", { x: width - 2, y: 12, class: "end quiet" }, "top-k"),
-      layers.map((layer, i) => [
-        svg("text", { x: LABEL, y: middle(i), class: "end" }, layer.layer),
-        svg("text", { x: right, y: middle(i) }, count(layer.remaining)),
-        svg("text", { x: width - 2, y: middle(i), class: "end" }, layer.top_k),
-      ]),
+      Object.entries(ENDS).map(([name, x]) => svg("text", { x, y: 12, class: "end quiet" }, name)),
+      numbers.map((id) =>
+        svg("text", { x: LEFT + id * cell + cell / 2, y: 12, class: "middle quiet" }, id)),
+      layers.map((layer, i) => {
+        const values = { layer: layer.layer, experts: layer.remaining, "top-k": layer.top_k };
+        return Object.entries(ENDS).map(([name, x]) =>
+          svg("text", { x, y: middle(i), class: "end" }, values[name]));
+      }),
       KINDS.map(([kind]) => drawn[kind] && svg("path", { class: `mark-${kind}`, d: drawn[kind] }))));
 }
 
