@@ -9,7 +9,7 @@ export const ACTIVE = ["scheduled", "running"];
 const MEANING = {
   INVALID: "The units do not fall into the arms by their shares: nothing can be compared.",
   ROLLBACK: "A guardrail is proven worse than its margin.",
-  SHIP: "Proven better, and every guardrail proven within its margin.",
+  SHIP: "All that was asked is proven.",
   HOLD: "Not enough is proven yet.",
 };
 const GLYPHS = { INVALID: "✕", ROLLBACK: "↩", SHIP: "✓", HOLD: "…" };
@@ -89,7 +89,8 @@ function facts({ definition, started, phase, phase_started: since, decision }) {
 
 function arms({ arms: list, definition, name }) {
   const metrics = METRIC_NAMES.filter((metric) => list.some((arm) => arm.metrics[metric]?.count));
-  const asked = new Set([definition.primary, ...definition.guardrails].map(({ metric }) => metric));
+  const rules = [definition.primary, ...definition.guardrails].filter((rule) => rule !== null);
+  const asked = new Set(rules.map(({ metric }) => metric));
   const line = (label, value) => el("tr", null, el("th", { scope: "row" }, label),
     list.map((arm) => el("td", null, value(arm))));
   const metricLine = (metric) => line(measureName(metric), (arm) => {

@@ -271,11 +271,12 @@ def running(looks: int) -> tuple[ExperimentBody, list[DecisionBody]]:
 
 
 def rolled_back() -> tuple[ExperimentBody, list[DecisionBody]]:
-    """An earlier one, which ended."""
-    body, decisions = running(12)
+    """An earlier one without an aim, which ended."""
+    body, seen = running(12)
+    decisions = [x.model_copy(update={"findings": x.findings[1:]}) for x in seen]
     loop = (
         decisions[-1]
-        .findings[1]
+        .findings[0]
         .model_copy(update={"state": "worse", "lower": 0.021, "upper": 0.094, "treatment": 0.068})
     )
     said = "loop: worse: 0.068 against 0.0112, difference from 0.021 to 0.094, limit 0.01"
@@ -285,13 +286,14 @@ def rolled_back() -> tuple[ExperimentBody, list[DecisionBody]]:
             "arm": "half",
             "reasons": [said],
             "actions": ["notify", "rollback"],
-            "findings": [decisions[-1].findings[0], loop, *decisions[-1].findings[2:]],
+            "findings": [loop, *decisions[-1].findings[1:]],
         }
     )
     changed = body.model_copy(
         update={
             "name": "quarter",
             "state": "rolled_back",
+            "definition": experiment_from({**DEFINITION, "primary": None}).to_json(),
             "ended": last.time,
             "reason": said,
             "decision": last,

@@ -270,7 +270,7 @@ def test_it_fits(page: Page, made: World, width: int) -> None:
         opened(page, url)
         page.run("document.querySelectorAll('details').forEach((x) => { x.open = true; })")
         page.wait("document.querySelectorAll('svg.plan').length === 3")
-        page.wait("document.querySelectorAll('.charts .band').length === 8")
+        page.wait("document.querySelectorAll('.charts .band').length === 7")
         assert not page.run(WIDE)
 
 
@@ -318,7 +318,7 @@ def test_it_is_accessible(page: Page, made: World, axe: str, scheme: str, width:
         opened(page, url)
         page.run("document.querySelectorAll('details').forEach((x) => { x.open = true; })")
         page.wait("document.querySelectorAll('svg.plan').length === 3")
-        page.wait("document.querySelectorAll('.charts .band').length === 8")
+        page.wait("document.querySelectorAll('.charts .band').length === 7")
         ground = page.run("getComputedStyle(document.body).backgroundColor")
         assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
         assert findings(page, axe) == []
