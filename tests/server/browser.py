@@ -44,6 +44,7 @@ class Page:
         self._connection = connection
         self._asked = 0
         self._session: str | None = None
+        self._loaded = 0
         self.complaints: list[str] = []
         """Errors and warnings of the console, exceptions that nobody caught."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
@@ -54,8 +55,11 @@ class Page:
         self._call("Page.addScriptToEvaluateOnNewDocument", source=_NOTE_VIOLATIONS)
 
     def open(self, url: str) -> None:
+        """Go there, and wait until it has loaded."""
+        before = self._loaded
         self._call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete'")
+        while self._loaded == before:
+            self._note(json.loads(self._connection.recv(timeout=SECONDS)))
 
     def size(self, width: int, height: int, *, scale: float = 1, phone: bool = False) -> None:
         self._call(
@@ -127,7 +131,9 @@ class Page:
 
     def _note(self, event: Any) -> None:
         parameters = event.get("params", {})
-        if event.get("method") == "Runtime.exceptionThrown":
+        if event.get("method") == "Page.loadEventFired":
+            self._loaded += 1
+        elif event.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(parameters["exceptionDetails"]))
         elif event.get("method") == "Log.entryAdded":
             self.complaints.append(

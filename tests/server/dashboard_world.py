@@ -181,7 +181,7 @@ def decision(i: int, start: float) -> DecisionBody:
     if primary.upper is not None and primary.upper < 0:
         primary = primary.model_copy(update={"state": "better"})
     loop = finding(
-        "loop", 0.0016, 0.052 * narrow, units, limit=0.01, control=0.0112, treatment=0.0128
+        "loop", 0.0016, 0.093 * narrow, units, limit=0.01, control=0.0112, treatment=0.0128
     )
     error = finding(
         "error", 0.0002, 0.024 * narrow, units, limit=0.005, control=0.0008, treatment=0.001

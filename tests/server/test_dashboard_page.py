@@ -96,6 +96,7 @@ def test_it_shows_what_there_is(page: Page, made: World) -> None:
         variants = section(page, "variants")
         for words in ("answers the bare name", "roll-back target", "18–48 of 64", "standby"):
             assert words in variants
+        page.wait("document.querySelector('.past')")
         assert "needs 96 spare rows" in section(page, "changes")
         page.wait("document.querySelectorAll('.charts .band').length === 4")
         experiments = section(page, "experiments")
@@ -113,6 +114,38 @@ def test_it_shows_what_there_is(page: Page, made: World) -> None:
         for words in ("32 experts a layer", "prune, 480 of 1,600", "16 min 48 s", "row 118"):
             assert words in jobs
         assert page.run("document.title") == "olmoe · Liveprune"
+
+
+EDGES = """[...document.querySelectorAll('.findings')][0].querySelectorAll('.interval')"""
+
+
+def test_an_interval_touches_the_wrong_side_unless_it_is_proven(page: Page, made: World) -> None:
+    """Which side is wrong depends on the measure: more loops are, and less agreement."""
+    with serving(made.app) as url:
+        opened(page, url)
+        page.wait("document.querySelectorAll('.charts .band').length === 4")
+        drawn = page.run(
+            f"[...{EDGES}].map((svg) => ['.wrong', '.bar', '.limit', '.estimate'].map((name) => {{"
+            " const box = svg.querySelector(name).getBoundingClientRect();"
+            " return [box.left, box.right]; }))"
+        )
+        sides = []
+        for wrong, bar, limit, estimate in drawn:
+            assert bar[0] < estimate[0] < estimate[1] < bar[1]
+            middle = sum(limit) / 2
+            assert min(abs(middle - wrong[0]), abs(middle - wrong[1])) < 1
+            side = "right" if abs(middle - wrong[0]) < 1 else "left"
+            touches = bar[1] > middle if side == "right" else bar[0] < middle
+            sides.append((side, touches))
+        assert sides == [("right", False), ("right", True), ("right", False), ("left", False)]
+        charts = page.run(
+            "[...document.querySelectorAll('.charts svg')].map((svg) => "
+            "[svg.querySelector('.wrong'), svg.querySelector('.limit'), svg].map((x) => "
+            "{ const box = x.getBoundingClientRect(); return [box.top, box.bottom]; }))"
+        )
+        above = [abs(wrong[1] - limit[0]) < 2 for wrong, limit, _ in charts]
+        assert above == [True, True, True, False]
+        assert all(box[0] < limit[0] < box[1] for _, limit, box in charts)
 
 
 def test_a_plan_is_a_picture_and_a_table(page: Page, made: World) -> None:
