@@ -131,7 +131,9 @@ class LiveServer:
                 calibration=calibration,
                 experiments=experiments.service if experiments else None,
             )
-            running = await admin_server.start(app, listener=self._listener)
+            running = await admin_server.start(
+                app, listener=self._listener, on_stop=app.state.events.close
+            )
             stack.push_async_callback(running.stop)
             background.supervisor.start()
             stack.push_async_callback(background.supervisor.stop)
