@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--block-size", "32"]
 FLAGS += [
+    "--experiment-interval",
+    "1",
     "--gpu-memory-utilization",
     "0.2",
     "--num-gpu-blocks-override",
@@ -53,6 +56,9 @@ BODIES: dict[str, dict[str, Any]] = {
 TOLERANCE = 0.05
 """Seconds between the server's clock and the client's: what passes between two processes on a busy
 machine."""
+OTHERS = 8
+INTERVAL = 1.0
+"""Seconds between two looks of the server at its experiments."""
 PATIENCE = 60.0
 """Seconds until what was measured can be asked for."""
 
@@ -110,6 +116,14 @@ class World:
     def measured(self) -> int:
         """Requests that were measured, in all arms."""
         return sum(arm["requests"] for arm in self.arms().values())
+
+    def settled(self) -> int:
+        """Requests that were measured, once all that have ended are written."""
+        seen = -1
+        while (found := self.measured()) != seen:
+            seen = found
+            time.sleep(3 * INTERVAL)
+        return seen
 
     def wait_measured(self, requests: int) -> dict[str, Any]:
         """The arms, once so many requests have been measured."""
@@ -251,8 +265,7 @@ def test_what_may_name_a_unit(headers: dict[str, str], client: Client) -> None:
 
 def test_pinned_requests_take_no_part(world: World, client: Client) -> None:
     client.ask(user="marker", max_tokens=1)
-    time.sleep(1)
-    before = world.measured()
+    before = world.settled()
     for model in ("tiny:full", "tiny:a"):
         for i in range(5):
             seen = client.ask(model=model, user=f"pinned-{i}", max_tokens=1)
@@ -283,15 +296,14 @@ def recorded(world: World, requests: float) -> dict[str, float]:
 
 @contextlib.contextmanager
 def busy(world: World) -> Iterator[None]:
-    """Another request has the engine's only place: who comes now waits for its first token."""
-    body = {"model": "tiny:full", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    body |= {"prompt": "abc"}
+    """Others wait for the engine's only place: who comes now waits behind them."""
+    body = {"model": "tiny:full", "prompt": "abc", "max_tokens": 200, "ignore_eos": True}
     url = f"{world.running.base_url}/v1/completions"
-    with httpx.stream("POST", url, json=body, timeout=120) as other:
-        chunks = other.iter_raw()  # forgetting it would close the connection
-        next(chunks)
+    with httpx.Client(timeout=120) as http, ThreadPoolExecutor(OTHERS) as pool:
+        others = [pool.submit(http.post, url, json=body) for _ in range(OTHERS)]
+        time.sleep(0.1)  # until they are there
         yield
-        del chunks
+    assert all(other.result().is_success for other in others)
 
 
 def test_both_clocks_agree(world: World, client: Client) -> None:
