@@ -15,6 +15,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -29,6 +30,8 @@ from prometheus_client.metrics_core import (
 from liveprune.pruning.errors import LiveprunError
 from liveprune.server.calibration_metrics import calibration_metrics
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.experiment_metrics import experiment_metrics
+from liveprune.server.experiment_models import ExperimentBody
 from liveprune.server.job_metrics import job_metrics
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.operations import Operation, State, Status
@@ -71,6 +74,8 @@ _ENGINE_GAUGES: tuple[tuple[str, str, Callable[[Status], int | None]], ...] = (
 )
 
 logger = logging.getLogger("liveprune.metrics")
+T = TypeVar("T")
+Ask = Callable[[], Awaitable[Sequence[T]]]
 
 
 @dataclass
@@ -97,12 +102,14 @@ class LiveMetrics:
         self,
         control: ControlPlane,
         calibration: LiveCalibration | None = None,
-        jobs: Callable[[], Awaitable[Sequence[Job]]] | None = None,
+        jobs: Ask[Job] | None = None,
+        experiments: Ask[ExperimentBody] | None = None,
     ) -> None:
-        """``jobs``: asks the store for them; None where there is none."""
+        """``jobs``, ``experiments``: ask the store for them; None where there are none."""
         self._control, self._calibration = control, calibration
-        self._ask_jobs = jobs
+        self._ask_jobs, self._ask_experiments = jobs, experiments
         self._jobs: Sequence[Job] = ()
+        self._experiments: Sequence[ExperimentBody] = ()
         self._status: Status | None = None
         self._model: str | None = None
         self._swaps = {outcome: _Durations() for outcome in OUTCOMES}
@@ -120,12 +127,8 @@ class LiveMetrics:
             logger.warning("no metrics of the engine: %s: %s", type(error).__name__, error)
             self._status = None
         self._count(self._control.operations())
-        if self._ask_jobs is not None:
-            try:
-                self._jobs = await self._ask_jobs()
-            except LiveprunError as error:
-                logger.warning("no metrics of jobs: %s", error)
-                self._jobs = ()
+        self._jobs = await _asked("jobs", self._ask_jobs)
+        self._experiments = await _asked("experiments", self._ask_experiments)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics as text, and its content type; ``accept`` is the request's header."""
@@ -140,6 +143,7 @@ class LiveMetrics:
             *self._operation_metrics(None),
             *calibration_metrics(None, None),
             *job_metrics(None, ()),
+            *experiment_metrics(None, ()),
         ]
 
     def collect(self) -> Iterator[Metric]:
@@ -150,6 +154,7 @@ class LiveMetrics:
         yield from self._operation_metrics(self._model)
         yield from calibration_metrics(self._calibration, self._model)
         yield from job_metrics(self._model, self._jobs)
+        yield from experiment_metrics(self._model, self._experiments)
 
     def _count(self, operations: Sequence[Operation]) -> None:
         """Count each operation once, when it has ended."""
@@ -185,6 +190,16 @@ class LiveMetrics:
                 durations.add_metric((model, outcome.value), buckets, seen.total)
             mismatches.add_metric((model,), self._control.golden_mismatches)
         yield from (swaps, durations, mismatches)
+
+
+async def _asked(what: str, ask: Ask[T] | None) -> Sequence[T]:
+    if ask is None:
+        return ()
+    try:
+        return await ask()
+    except LiveprunError as error:
+        logger.warning("no metrics of %s: %s", what, error)
+        return ()
 
 
 def _variant_metrics(status: Status | None) -> Iterator[Metric]:
