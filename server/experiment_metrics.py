@@ -13,7 +13,6 @@ from typing import Any, get_args
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from liveprune.server.experiment_models import (
-    DecisionBody,
     ExperimentBody,
     ExperimentState,
     FindingBody,
