@@ -98,8 +98,18 @@ def job() -> Job:
     )
 
 
-def full_metrics(control: FakeControl | None = None) -> LiveMetrics:
-    """Of a server that has done everything there is."""
+def experiments_of_all_kinds() -> list[ExperimentBody]:
+    findings = (finding("e2e_seconds p95", "primary"), finding("e2e_seconds p95", "guardrail"))
+    return [
+        experiment(decision=decision("HOLD", *findings)),
+        experiment("old", state="rolled_back", ended=990.0),
+    ]
+
+
+def full_metrics(
+    control: FakeControl | None = None, experiments: list[ExperimentBody] | None = None
+) -> LiveMetrics:
+    """Of a server that has done everything there is; ``experiments`` may change later."""
     swap = Operation("swap", "tiny:e4", state=State.DONE, created=1000.0, finished=1001.5)
     control = control or FakeControl(known=[view("full"), view("e4")])
     control.made[swap.id] = swap
@@ -108,17 +118,13 @@ def full_metrics(control: FakeControl | None = None) -> LiveMetrics:
         counted_by_name=lambda: {"tiny:full": 1000.0},
         last_summary=SimpleNamespace(serving="tiny:full", drift=drift),
     )
-    findings = (finding("e2e_seconds p95", "primary"), finding("e2e_seconds p95", "guardrail"))
-    experiments = [
-        experiment(decision=decision("HOLD", *findings)),
-        experiment("old", state="rolled_back", ended=990.0),
-    ]
+    found = experiments_of_all_kinds() if experiments is None else experiments
 
     async def jobs() -> list[Job]:
         return [job()]
 
     async def bodies() -> list[ExperimentBody]:
-        return experiments
+        return list(found)
 
     metrics = LiveMetrics(control, cast("Any", calibration), jobs, experiments=bodies)
     asyncio.run(metrics.refresh())
