@@ -1,0 +1,146 @@
+"""The admin API keeps to its OpenAPI document, whatever it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi import checks
+
+from liveprune.pruning.checkpoint.fingerprint import fingerprint_model
+from liveprune.pruning.demo import model_path
+from liveprune.server.admin_api import OPEN_PATHS, make_app
+from liveprune.server.admin_key import key_digest
+from liveprune.server.admin_models import ErrorBody
+from liveprune.server.audit import AuditLog
+from liveprune.server.jobs.background import Background, NoLiveBackground
+from liveprune.server.live_calibration import LiveCalibration
+from liveprune.server.operations import Operation, State
+from liveprune.server.registry import Registry
+from liveprune.server.store.store import Store
+from tests.server.fake_control import BEARER, KEY, FakeControl, ask, view
+from tests.server.fake_engine import FakeEngine, fake_base
+from tests.server.jobs.job_world import stored
+from tests.server.test_live_calibration import counts
+
+BOTH = {**BEARER, "X-API-Key": KEY}
+"""The second instead of what is made up for it: where both are given, both must be right."""
+EXAMPLES = 12
+"""Requests of each kind to each operation."""
+ALWAYS = [
+    not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+]
+METHODS = ("GET", "PUT", "POST", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE")
+JOB, OPERATION = "0" * 32, "1" * 32
+
+
+def documented() -> dict[str, dict[str, Any]]:
+    """Operations by path and method, of an app that is only looked at."""
+    app = make_app(FakeControl(), keys=lambda: (), audit=cast("Any", None), roots=[])
+    paths = app.openapi()["paths"].items()
+    return {path: {name.upper(): x for name, x in found.items()} for path, found in paths}
+
+
+PATHS = documented()
+CLOSED = [path for path in PATHS if path not in OPEN_PATHS]
+
+
+def site(folder: Path, store: Store) -> FastAPI:
+    """The admin app with everything that it can have; nobody does its jobs."""
+    control = FakeControl(known=[view("full"), view("e4")])
+    control.made[OPERATION] = Operation("swap", "tiny:e4", state=State.FILLING, id=OPERATION)
+    roots = [folder]
+    engine = FakeEngine(fake_base(folder / "base"))
+    registry = Registry("m", [], engine.spec, 4)
+    registry.adopt(registry.known["full"], 0)
+    engine.counts = {"base": counts(100)}
+    background = Background(
+        store,
+        model_path(),
+        control,
+        roots,
+        admin_url="http://nowhere",
+        engine=NoLiveBackground(),
+        prompts=folder / "prompts",
+    )
+    store.jobs.add(stored().model_dump(mode="json"))
+    return make_app(
+        control,
+        keys=background.keys(lambda: [key_digest(KEY)]),
+        audit=AuditLog(store),
+        roots=roots,
+        jobs=background.jobs,
+        calibration=LiveCalibration(engine, registry, folder, "print"),
+    )
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+    folder = tmp_path_factory.mktemp("site")
+    store = Store(folder, fingerprint_model(model_path()), replica="here")
+    yield site(folder, store)
+    store.close()
+
+
+def kinds() -> Iterator[tuple[str, str, GenerationMode]]:
+    for path, methods in PATHS.items():
+        for method, described in methods.items():
+            yield method, path, GenerationMode.POSITIVE
+            if "requestBody" in described or "parameters" in described:
+                yield method, path, GenerationMode.NEGATIVE
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), kinds())
+def test_answers_are_the_documented_ones(
+    app: FastAPI, method: str, path: str, mode: GenerationMode
+) -> None:
+    operation = schemathesis.openapi.from_asgi("/openapi.json", app, headers=BOTH)[path][method]
+    expected = [*ALWAYS, checks.negative_data_rejection] if mode.is_negative else ALWAYS
+
+    @seed(1)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def every(case: Case) -> None:
+        answer = case.call(headers=BOTH)
+        assert answer.status_code != 403
+        case.validate_response(answer, checks=expected, headers=BOTH)
+
+    every()
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"X-API-Key": ""}])
+@pytest.mark.parametrize("path", CLOSED)
+def test_without_the_key_nothing_answers(app: FastAPI, path: str, headers: dict[str, str]) -> None:
+    for method in METHODS:
+        answer = ask(app, method, path, headers=headers)
+        assert answer.status_code == 403
+        if method != "HEAD":
+            error = ErrorBody.model_validate(answer.json()).error
+            assert (error.code, error.type) == (403, "PermissionDeniedError")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_methods_that_are_not_documented(app: FastAPI, path: str) -> None:
+    for method in set(METHODS) - set(PATHS[path]):
+        answer = ask(app, method, path)
+        assert answer.status_code == 405, method
+        assert set(answer.headers["allow"].split(", ")) == set(PATHS[path])
+        if method != "HEAD":
+            assert ErrorBody.model_validate(answer.json()).error.code == 405
