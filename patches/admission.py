@@ -11,6 +11,7 @@ Without a directory everything is vLLM's own.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,13 @@ from typing import Any, Protocol
 
 from liveprune.patches.compat import Seam
 from liveprune.patches.live_types import BASE_SLOT, BASE_TAG, COUNT_KEY, EXTRA_ARG, Served
+from liveprune.patches.request_meter import Meter
 
+CHECK_MODEL = Seam(
+    "vllm.entrypoints.serve.engine.serving",
+    "BaseServing._check_model",
+    ("self", "request"),
+)
 IS_MODEL_SUPPORTED = Seam(
     "vllm.entrypoints.serve.engine.serving",
     "BaseServing._is_model_supported",
@@ -65,10 +72,12 @@ ADD_REQUEST = Seam(
 class Directory(Protocol):
     """What the server knows about the live variants. Called on the event loop; must not block."""
 
-    def resolve(self, model: str) -> Served | None:
+    def resolve(self, model: str, request: Admission) -> Served | None:
         """The variant that a model name stands for now; None if unknown or not live.
 
-        ``model`` is the bare name, another ``--served-model-name``, or ``name:tag``.
+        ``model`` is the bare name, another ``--served-model-name``, or ``name:tag``. ``request``
+        is being admitted: its ``scope`` and ``body`` may choose among variants, and what chose is
+        noted in its ``assignment``.
         """
 
     def pin(self, served: Served) -> None:
@@ -96,16 +105,29 @@ class Admission:
         directory: Directory | None,
         served: Served | None = None,
         extra: Mapping[str, str] | None = None,
+        scope: Mapping[str, Any] | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.directory = directory
         self.served = served
         self.extra = extra or {}
         """What requests of our own carry beside the variant."""
+        self.scope = scope or {}
+        """ASGI's, of the HTTP request."""
+        self.began = time.monotonic()
+        """When the request came in, seconds."""
+        self.meter = meter
+        """What the engine does for the request is noted here."""
+        self.body: Any = None
+        """The request as vLLM has parsed it (pydantic), once its model name is checked."""
+        self.assignment: Any = None
+        """What the directory noted of its choice."""
         self.counted = False
         """Live statistics count the request's tokens."""
         self.answered = False
         """An answer carries the variant's name."""
-        self._asked = served.name if served is not None else ""
+        self.asked = served.name if served is not None else ""
+        """The model name that was asked for."""
         self._holds = 1
 
     @property
@@ -118,13 +140,13 @@ class Admission:
         No await between the two: whoever moves the alias sees either no request or a pinned one.
         """
         if self.served is not None:
-            return self.served if model in (self._asked, self.served.name) else None
+            return self.served if model in (self.asked, self.served.name) else None
         if self.directory is None or self.ended:
             return None
-        served = self.directory.resolve(model)
+        served = self.directory.resolve(model, self)
         if served is not None:
             self.directory.pin(served)
-            self.served, self._asked = served, model
+            self.served, self.asked = served, model
             self.counted = self.directory.counts(model)
         return served
 
@@ -160,9 +182,9 @@ def current() -> Admission | None:
 
 
 @contextmanager
-def admitting() -> Iterator[Admission]:
+def admitting(scope: Mapping[str, Any] | None = None) -> Iterator[Admission]:
     """Open the admission of one HTTP request; tasks that are started inside share it."""
-    admission = Admission(_directory)
+    admission = Admission(_directory, scope=scope)
     token = _admission.set(admission)
     try:
         yield admission
@@ -172,16 +194,33 @@ def admitting() -> Iterator[Admission]:
 
 
 @contextmanager
-def serving(served: Served, **extra: str) -> Iterator[None]:
+def serving(
+    served: Served, extra: Mapping[str, str] | None = None, meter: Meter | None = None
+) -> Iterator[None]:
     """Send requests of our own to a variant; the caller keeps it live.
 
-    ``extra``: what they carry beside it.
+    Args:
+        served: the variant.
+        extra: what they carry beside it.
+        meter: notes what the engine does for them.
     """
-    token = _admission.set(Admission(None, served, extra))
+    token = _admission.set(Admission(None, served, extra, meter=meter))
     try:
         yield
     finally:
         _admission.reset(token)
+
+
+def wrap_check_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Note the parsed request before its model name is resolved, which may depend on it."""
+
+    async def _check_model(self: Any, request: Any) -> Any:
+        admission = _admission.get()
+        if admission is not None:
+            admission.body = request
+        return await original(self, request)
+
+    return _check_model
 
 
 def wrap_is_model_supported(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -93,6 +93,19 @@ class VLLMLiveEngine:
 
         return str(__version__)
 
+    def buckets(self, family: str) -> tuple[float, ...]:
+        """Upper bounds of vLLM's histograms of one family, e.g. ``request_latency``."""
+        from vllm.v1.metrics.buckets import histogram_buckets
+
+        config = self._client.vllm_config
+        return tuple(
+            histogram_buckets(
+                family,
+                max_model_len=config.model_config.max_model_len,
+                overrides=config.observability_config.custom_histogram_buckets,
+            )
+        )
+
     async def prepare(self, slot: int, plan: Path | None) -> None:
         await self._call("prepare", slot=slot, plan=None if plan is None else str(plan))
 
@@ -234,7 +247,7 @@ class VLLMLiveEngine:
             variant = Served(variant.name, variant.slot, f"{name}:{variant.salt}")
         question = {"prompt_token_ids": list(tokens)}
         try:
-            with serving(variant, **extra):
+            with serving(variant, extra):
                 stream = self._client.generate(question, sampling, name, priority=BACKGROUND)
                 answers = [answer async for answer in stream]
         except Exception as error:

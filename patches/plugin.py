@@ -15,6 +15,7 @@ from typing import Any
 
 from liveprune.patches import (
     admission,
+    admitted_sequences,
     batch_slots,
     cache_salt,
     entry,
@@ -25,7 +26,9 @@ from liveprune.patches import (
     live_loading,
     live_support,
     model_cards,
+    request_meter,
     request_scoring,
+    request_spans,
     user_traffic,
     weights,
 )
@@ -82,12 +85,17 @@ PATCHES: tuple[Patch, ...] = (
     Patch(request_scoring.PROMPT_LOGPROBS, request_scoring.wrap_prompt_logprobs),
     Patch(request_scoring.V2_ADD_REQUEST, request_scoring.wrap_v2_add_request),
     Patch(request_scoring.V2_PROMPT_LOGPROBS, request_scoring.wrap_v2_prompt_logprobs),
+    Patch(admission.CHECK_MODEL, admission.wrap_check_model),
     Patch(admission.IS_MODEL_SUPPORTED, admission.wrap_is_model_supported),
     Patch(admission.MAYBE_GET_ADAPTERS, admission.wrap_maybe_get_adapters),
     Patch(admission.MODEL_NAME, admission.wrap_model_name),
     Patch(admission.CREATE_RESPONSES, admission.wrap_create_responses),
     Patch(admission.ADD_REQUEST, admission.wrap_add_request),
     Patch(user_traffic.PROCESS_OUTPUTS, user_traffic.wrap_process_outputs),
+    Patch(admitted_sequences.ADD_REQUEST, admitted_sequences.wrap_output_add_request),
+    Patch(request_meter.FINISHED, request_meter.wrap_finished),
+    Patch(request_spans.DO_TRACING, request_spans.wrap_do_tracing),
+    Patch(request_spans.INSTRUMENT, request_spans.wrap_instrument, request_spans.INSTRUMENT_USERS),
     Patch(cache_salt.FROM_ENGINE_CORE_REQUEST, cache_salt.wrap_from_engine_core_request),
 )
 

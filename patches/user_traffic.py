@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from liveprune.patches.compat import Seam
+from liveprune.patches.request_meter import note_step
 
 PROCESS_OUTPUTS = Seam(
     "vllm.v1.engine.output_processor",
@@ -80,7 +81,7 @@ class UserTraffic:
 
 
 def wrap_process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Show each step's outputs to whoever watches this engine's users."""
+    """Show each step's outputs to whoever watches this engine's users, and to their meters."""
 
     def process_outputs(
         self: Any,
@@ -92,6 +93,7 @@ def wrap_process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
         traffic = getattr(self, _LISTENER, None)
         if traffic is not None:
             traffic.observe(engine_core_outputs, engine_core_timestamp)
+        note_step(self, engine_core_outputs)
         return original(
             self, engine_core_outputs, engine_core_timestamp, iteration_stats, weight_version
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
+import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,17 +23,21 @@ from liveprune.server.audit import AuditLog
 from liveprune.server.background_gate import BackgroundGate
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
+from liveprune.server.experiments.live import LiveExperiments
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
 from liveprune.server.jobs.background import Background, LiveBackground, NoLiveBackground
 from liveprune.server.kept_prompts import FOLDER as PROMPTS
 from liveprune.server.kept_prompts import KeptPrompts
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_options import LiveOptions, remember_resident
+from liveprune.server.measuring import Measuring
 from liveprune.server.memory_budget import total_bytes
 from liveprune.server.operation_records import OperationRecords
 from liveprune.server.rebuild import RebuildControl
 from liveprune.server.rebuild_restart import restarting
 from liveprune.server.rebuild_state import RebuildFolder
+from liveprune.server.request_metrics import RequestMetrics
+from liveprune.server.routing import Routing
 from liveprune.server.state_folder import StateFolder
 
 ROWS_FILE = "rows"
@@ -86,9 +92,13 @@ class LiveServer:
                     logger.warning("at start: %s", problem)
                 remember_resident(self._folder, self._options.resident)
             stack.push_async_callback(control.stop)
-            calibration = None
+            calibration, requests, routing = None, None, None
             if front.engine is not None and isinstance(control, Control):
                 calibration = await self._calibration(front.engine, control, stack)
+                experiments = LiveExperiments(secrets.token_bytes(32), time.time)
+                requests = RequestMetrics(front.engine.buckets)
+                stack.enter_context(Measuring(experiments, requests).running())
+                routing = Routing(control.directory, experiments)
             prompts = self._options.prompts
             await stack.enter_async_context(
                 KeptPrompts(
@@ -100,7 +110,9 @@ class LiveServer:
                 ).running()
             )
             background = self._background(control, front.engine, calibration)
-            metrics = live_metrics.LiveMetrics(control, calibration, background.jobs.newest)
+            metrics = live_metrics.LiveMetrics(
+                control, calibration, background.jobs.newest, requests
+            )
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(
                 control,
@@ -117,7 +129,7 @@ class LiveServer:
             stack.push_async_callback(background.supervisor.stop)
             logger.info("serving %s, state in %s", control.serving, self._folder.path)
             # None in rebuild mode: requests have no choice there.
-            admission.install(control.directory)
+            admission.install(routing)
             stack.callback(admission.install, None)
             return stack.pop_all().aclose
         raise AssertionError("unreachable")

@@ -10,11 +10,9 @@ files alone, and only the admin port shows ours.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -32,9 +30,11 @@ from liveprune.server.calibration_metrics import calibration_metrics
 from liveprune.server.control_plane import ControlPlane
 from liveprune.server.experiment_metrics import experiment_metrics
 from liveprune.server.experiment_models import ExperimentBody
+from liveprune.server.histogram import Histogram
 from liveprune.server.job_metrics import job_metrics
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.operations import Operation, State, Status
+from liveprune.server.request_metrics import RequestMetrics, request_metrics
 from liveprune.server.store.jobs import Job
 
 REFRESH_SECONDS = 10.0
@@ -78,23 +78,6 @@ T = TypeVar("T")
 Ask = Callable[[], Awaitable[Sequence[T]]]
 
 
-@dataclass
-class _Durations:
-    """Swaps of one outcome."""
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
-    """Per bucket, not cumulated; the last has no bound."""
-    total: float = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.total += seconds
-
-    def cumulated(self) -> list[tuple[str, float]]:
-        bounds = [str(bound) for bound in BUCKETS] + ["+Inf"]
-        return [(bound, sum(self.counts[: i + 1])) for i, bound in enumerate(bounds)]
-
-
 class LiveMetrics:
     """A prometheus_client collector over the last snapshot."""
 
@@ -103,16 +86,17 @@ class LiveMetrics:
         control: ControlPlane,
         calibration: LiveCalibration | None = None,
         jobs: Ask[Job] | None = None,
+        requests: RequestMetrics | None = None,
         experiments: Ask[ExperimentBody] | None = None,
     ) -> None:
         """``jobs``, ``experiments``: ask the store for them; None where there are none."""
-        self._control, self._calibration = control, calibration
+        self._control, self._calibration, self._requests = control, calibration, requests
         self._ask_jobs, self._ask_experiments = jobs, experiments
         self._jobs: Sequence[Job] = ()
         self._experiments: Sequence[ExperimentBody] = ()
         self._status: Status | None = None
         self._model: str | None = None
-        self._swaps = {outcome: _Durations() for outcome in OUTCOMES}
+        self._swaps = {outcome: Histogram(BUCKETS) for outcome in OUTCOMES}
         self._counted: set[str] = set()
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -123,6 +107,8 @@ class LiveMetrics:
             async with asyncio.timeout(STATUS_TIMEOUT):
                 self._status = await self._control.status()
             self._model = self._status.model
+            if self._requests is not None:
+                self._requests.keep({x.name for x in self._status.variants if x.state in _LIVE})
         except Exception as error:  # noqa: BLE001 - a scrape survives whatever the engine does
             logger.warning("no metrics of the engine: %s: %s", type(error).__name__, error)
             self._status = None
@@ -143,6 +129,7 @@ class LiveMetrics:
             *self._operation_metrics(None),
             *calibration_metrics(None, None),
             *job_metrics(None, ()),
+            *request_metrics(None, None),
             *experiment_metrics(None, ()),
         ]
 
@@ -154,6 +141,7 @@ class LiveMetrics:
         yield from self._operation_metrics(self._model)
         yield from calibration_metrics(self._calibration, self._model)
         yield from job_metrics(self._model, self._jobs)
+        yield from request_metrics(self._requests, self._model)
         yield from experiment_metrics(self._model, self._experiments)
 
     def _count(self, operations: Sequence[Operation]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from liveprune.server.answer_copy import events
+
 Row = dict[str, Any]
 """``{"prompt": str, "answer": str}`` or ``{"messages": [...], "answer": str}``; both are rows that
 measures without labels read (``pruning.evaluation.rows``)."""
@@ -65,12 +67,4 @@ def _text(answer: Any) -> str:
 
 def _streamed_text(answer: bytes) -> str:
     """Of all events; ValueError for a stream that was cut off."""
-    events = [
-        line.removeprefix("data:").strip()
-        for line in answer.decode().splitlines()
-        if line.startswith("data:")
-    ]
-    if not events or events[-1] != "[DONE]":
-        raise ValueError("the stream did not end")
-    found = [json.loads(event) for event in events[:-1]]
-    return "".join(_text(event) for event in found if event["choices"])
+    return "".join(_text(event) for event in events(answer) if event["choices"])

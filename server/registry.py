@@ -44,7 +44,7 @@ class Publication:
 
 
 class Registry:
-    """Variants by tag, publications by slot; fulfils the ``Directory`` of ``patches.admission``."""
+    """Variants by tag, publications by slot; ``server.routing`` asks it for each request."""
 
     def __init__(self, name: str, aliases: Sequence[str], spec: ModelSpec, slots: int) -> None:
         """``aliases``: further names that the engine serves the model under; ``slots``: of it."""

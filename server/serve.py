@@ -38,6 +38,7 @@ MIDDLEWARE = (
     # The last is the outermost: it opens the admission that the first one looks at.
     "liveprune.server.prompt_middleware.PromptMiddleware",
     "liveprune.server.openai_errors.OpenAIErrorMiddleware",
+    "liveprune.server.measuring_middleware.MeasuringMiddleware",
     "liveprune.server.variant_middleware.VariantMiddleware",
 )
 ADDITIONAL_CONFIG = "--additional-config"

@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from liveprune.patches.admission import admitting
 
 HEADER = "x-liveprune-variant"
+ARM_HEADER = "x-liveprune-arm"
+"""``EXPERIMENT/ARM``, where an experiment chose the variant."""
 
 
 class VariantMiddleware:
@@ -25,7 +27,7 @@ class VariantMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        with admitting() as admission:
+        with admitting(scope) as admission:
 
             async def name_variant(message: Message) -> None:
                 starts = message["type"] == "http.response.start"
@@ -33,6 +35,8 @@ class VariantMiddleware:
                     headers = MutableHeaders(raw=list(message.get("headers", ())))
                     # Names may have characters that headers have not.
                     headers[HEADER] = quote(admission.served.name, safe="/:@+,=~")
+                    if (assigned := admission.assignment) is not None:
+                        headers[ARM_HEADER] = quote(f"{assigned.experiment}/{assigned.arm}")
                     message = {**message, "headers": headers.raw}
                 await send(message)
 

@@ -7,6 +7,7 @@ goes there; both are the work of ``server.experiment_worker``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,6 +105,12 @@ class LiveExperiments:
             return None
         experiment = running.experiment
         return next(arm.variant for arm in experiment.arms if arm.name == experiment.control)
+
+    def key_id(self, key: str) -> str:
+        """What identifies an API key to those who do not know it: the same on all replicas."""
+        return hashlib.blake2b(
+            key.encode(), key=self._salt, digest_size=16, person=b"api-key"
+        ).hexdigest()
 
     def route(
         self,

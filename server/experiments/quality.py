@@ -66,7 +66,7 @@ def distinct_ratio(tokens: Sequence[int], gram: int = GRAM) -> float:
     total = len(tokens) - gram + 1
     if total <= 0:
         return 1.0
-    return len({tuple(tokens[i : i + gram]) for i in range(total)}) / total
+    return len(set(zip(*(tokens[i:] for i in range(gram)), strict=False))) / total
 
 
 def signals(answer: Answer, asked: Asked) -> dict[str, float]:

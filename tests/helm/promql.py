@@ -19,27 +19,11 @@ _KEYWORDS = {"and", "or", "unless", "bool", "offset", "inf", "nan"}
 OF_TARGETS = {"job", "instance", "namespace"}
 """Labels that Prometheus adds."""
 _OF_VLLM = {"model_name", "engine"}
-_OF_REQUESTS = {
-    "liveprune_requests_total": {"model", "variant", "outcome"},
-    "liveprune_finish_reasons_total": {"model", "variant", "reason"},
-    "liveprune_degenerate_outputs_total": {"model", "variant", "kind"},
-    **{
-        f"liveprune_{name}{suffix}": {"model", "variant", "le"}
-        for name in (
-            "request_duration_seconds",
-            "time_to_first_token_seconds",
-            "inter_token_seconds",
-            "output_tokens",
-        )
-        for suffix in _SUFFIXES["histogram"]
-    },
-}
-"""Until the collector describes them."""
 
 
 def known_metrics() -> dict[str, set[str]]:
     """Series that a server has, ours and vLLM's, by name, with their labels."""
-    found = {"up": set[str](), **_OF_REQUESTS}
+    found = {"up": set[str]()}
     for family in LiveMetrics(FakeControl()).describe():
         for suffix in _SUFFIXES[family.type]:
             labels = {*family._labelnames} | ({"le"} if suffix == "_bucket" else set())

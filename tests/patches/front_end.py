@@ -1,6 +1,6 @@
 """vLLM's whole front end (routes, serving classes, AsyncLLM) over an engine core that is not there.
 
-Only the process behind AsyncLLM is replaced: it records what reaches it and answers one token.
+Only the process behind AsyncLLM is replaced: it records what reaches it and answers as it is told.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ from typing import Any
 import httpx
 import pytest
 
-from liveprune.patches import admission
+from liveprune.patches import (
+    admission,
+    admitted_sequences,
+    request_meter,
+    request_spans,
+    user_traffic,
+)
+from liveprune.patches.admission import Admission
 from liveprune.patches.compat import Seam
 from liveprune.patches.live_types import Served
+from liveprune.server.measuring_middleware import MeasuringMiddleware
 from liveprune.server.variant_middleware import VariantMiddleware
 
 NAME = "tiny"
@@ -30,11 +38,16 @@ FULL = Served(f"{NAME}:full", 0, None)
 E4 = Served(f"{NAME}:e4", 3, f"{NAME}:e4@00ff")
 E2 = Served(f"{NAME}:e2", 5, f"{NAME}:e2@00aa")
 WRAPS: tuple[tuple[Seam, Callable[..., Any]], ...] = (
+    (admission.CHECK_MODEL, admission.wrap_check_model),
     (admission.IS_MODEL_SUPPORTED, admission.wrap_is_model_supported),
     (admission.MAYBE_GET_ADAPTERS, admission.wrap_maybe_get_adapters),
     (admission.MODEL_NAME, admission.wrap_model_name),
     (admission.CREATE_RESPONSES, admission.wrap_create_responses),
     (admission.ADD_REQUEST, admission.wrap_add_request),
+    (admitted_sequences.ADD_REQUEST, admitted_sequences.wrap_output_add_request),
+    (user_traffic.PROCESS_OUTPUTS, user_traffic.wrap_process_outputs),
+    (request_meter.FINISHED, request_meter.wrap_finished),
+    (request_spans.DO_TRACING, request_spans.wrap_do_tracing),
 )
 _MARK = "__liveprune_patch__"
 
@@ -48,7 +61,7 @@ class FakeDirectory:
         self.pins: Counter[str] = Counter()
         self.unpins: Counter[str] = Counter()
 
-    def resolve(self, model: str) -> Served | None:
+    def resolve(self, model: str, request: Admission) -> Served | None:
         return self.live.get(self.alias.name if model in (NAME, ALIAS_TOO) else model)
 
     def counts(self, model: str) -> bool:
@@ -77,6 +90,9 @@ class FakeCore:
         self.aborts: asyncio.Queue[list[str]] = asyncio.Queue()
         self.answers = True
         """False: requests wait until ``answer``."""
+        self.steps: list[list[int]] = [[40]]
+        """Tokens of each step of an answer."""
+        self.finish = "length"
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
         self._outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -104,10 +120,12 @@ class FakeCore:
         sampling = request.sampling_params
         # For beams, which look at the likeliest tokens, and for scoring.
         logprobs = _logprobs() if sampling.logprobs or sampling.logprob_token_ids else None
-        output = EngineCoreOutput(
-            request.request_id, [40], new_logprobs=logprobs, finish_reason=FinishReason.LENGTH
-        )
-        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+        for i, tokens in enumerate(self.steps):
+            end = FinishReason[self.finish.upper()] if i + 1 == len(self.steps) else None
+            output = EngineCoreOutput(
+                request.request_id, list(tokens), new_logprobs=logprobs, finish_reason=end
+            )
+            self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
 
     async def abort_requests_async(self, ids: list[str]) -> None:
         self.aborts.put_nowait(ids)
@@ -162,7 +180,7 @@ async def front_end(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's own
         app, llm = await _application(model, flags, task)
-    transport = httpx.ASGITransport(VariantMiddleware(app))
+    transport = httpx.ASGITransport(VariantMiddleware(MeasuringMiddleware(app)))
     async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
         try:
             yield FrontEnd(transport.app, app.state, llm, core, client)

@@ -185,3 +185,17 @@ def test_another_scheduler_is_refused() -> None:
     engine(Client()).check_background()
     with pytest.raises(IncompatibleEnvironmentError, match="--scheduling-policy fcfs, expected"):
         engine(Client(policy="fcfs")).check_background()
+
+
+def test_histograms_have_vllms_bounds() -> None:
+    from vllm.v1.metrics import buckets
+
+    client = Client()
+    client.vllm_config.model_config = SimpleNamespace(max_model_len=60)
+    client.vllm_config.observability_config = SimpleNamespace(
+        custom_histogram_buckets={"inter_token_latency": [1.0, 2.0]}
+    )
+    made = engine(client)
+    assert made.buckets("request_latency") == buckets.REQUEST_LATENCY_BUCKETS
+    assert made.buckets("request_tokens") == (1, 2, 5, 10, 20, 50)
+    assert made.buckets("inter_token_latency") == (1.0, 2.0), "as the operator sets them"

@@ -15,6 +15,7 @@ from liveprune.server.experiment_models import (
 from liveprune.server.experiments.definition import experiment_from
 from liveprune.server.live_metrics import LiveMetrics
 from liveprune.server.operations import Operation, State
+from liveprune.server.request_metrics import RequestMetrics
 from liveprune.server.store.jobs import Job, JobState
 from tests.server.fake_control import FakeControl, view
 from tests.server.jobs.job_world import stored
@@ -126,6 +127,10 @@ def full_metrics(
     async def bodies() -> list[ExperimentBody]:
         return list(found)
 
-    metrics = LiveMetrics(control, cast("Any", calibration), jobs, experiments=bodies)
+    requests = RequestMetrics(lambda _: (0.1, 1.0, 10.0))
+    values = dict.fromkeys(("e2e_seconds", "ttft_seconds", "inter_token_seconds"), 0.5)
+    requests.observe("tiny:e4", "ok", {**values, "output_tokens": 7.0}, [{"loop": 1.0}])
+    requests.ended("tiny:e4", "length")
+    metrics = LiveMetrics(control, cast("Any", calibration), jobs, requests, bodies)
     asyncio.run(metrics.refresh())
     return metrics

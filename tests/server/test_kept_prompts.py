@@ -19,8 +19,9 @@ from starlette.routing import Route
 from liveprune.patches import admission
 from liveprune.pruning.errors import DataError
 from liveprune.pruning.evaluation.rows import load_questions
+from liveprune.server.answer_copy import MOST_BYTES
 from liveprune.server.kept_prompts import LONGEST, KeptPrompts, redactions
-from liveprune.server.prompt_middleware import MOST_BYTES, PromptMiddleware
+from liveprune.server.prompt_middleware import PromptMiddleware
 from liveprune.server.prompt_rows import row_of
 from liveprune.server.variant_middleware import VariantMiddleware
 from tests.patches.front_end import E4, NAME, FakeDirectory

@@ -19,6 +19,9 @@ from tests.server.full_metrics import full_metrics
 _FINDING = {"measure", "role"}
 CLOSED = {
     "liveprune_variant_info": {"experts", "top_k", "digest"},
+    "liveprune_requests": {"outcome"},
+    "liveprune_finish_reasons": {"reason"},
+    "liveprune_degenerate_outputs": {"kind"},
     "liveprune_jobs": {"state"},
     "liveprune_experiments": {"state"},
     "liveprune_experiments_last_end_timestamp_seconds": {"state"},
@@ -190,7 +193,7 @@ def test_an_engine_that_does_not_answer_leaves_the_counts(
 def test_names_and_labels_keep_the_rules() -> None:
     metrics = full_metrics()
     families = list(text_string_to_metric_families(metrics.page("")[0].decode()))
-    assert len(families) == 33
+    assert len(families) == 40
     for family in families:
         assert re.fullmatch(r"liveprune_[a-z_]+", family.name)
         assert family.documentation.endswith(".")

@@ -16,6 +16,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from liveprune.patches import admission
+from liveprune.patches.admission import Admission
 from liveprune.patches.live_types import Served
 from liveprune.server.variant_middleware import HEADER, VariantMiddleware
 
@@ -29,7 +30,7 @@ class OneVariant:
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
 
-    def resolve(self, model: str) -> Served | None:
+    def resolve(self, model: str, request: Admission) -> Served | None:
         return SERVED if model == "m" else None
 
     def counts(self, model: str) -> bool:
