@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,9 @@ def test_answers_are_the_documented_ones(
     @given(case=operation.as_strategy(generation_mode=mode), known=booleans())
     def every(case: Case, known: bool) -> None:
         if known and not mode.is_negative:
-            case.path_parameters = {name: site.known[name] for name in case.path_parameters}
+            case.path_parameters = {
+                name: site.known.get(name, value) for name, value in case.path_parameters.items()
+            }
             if path in KNOWN_BODIES and method == "POST":
                 case.body = {**case.body, **KNOWN_BODIES[path]}
         answer = case.call(headers=BOTH)
@@ -166,9 +169,12 @@ def test_without_the_key_nothing_answers(site: Site, path: str, headers: dict[st
 
 @pytest.mark.parametrize("path", PATHS)
 def test_methods_that_are_not_documented(site: Site, path: str) -> None:
-    for method in set(METHODS) - set(PATHS[path]):
+    # `x/{name}` is also there where the path is `x/check`.
+    same = [found for found in PATHS if re.fullmatch(re.sub("{[^}]+}", "[^/]+", found), path)]
+    allowed = {method for found in same for method in PATHS[found]}
+    for method in set(METHODS) - allowed:
         answer = ask(site.app, method, path)
         assert answer.status_code == 405, method
-        assert set(answer.headers["allow"].split(", ")) == set(PATHS[path])
+        assert set(answer.headers["allow"].split(", ")) == allowed
         if method != "HEAD":
             assert ErrorBody.model_validate(answer.json()).error.code == 405
