@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from liveprune.patches import admission
 from liveprune.patches.entry import Front
 from liveprune.patches.live_engine import VLLMLiveEngine
+from liveprune.pruning.errors import StoreError
 from liveprune.pruning.files import write_atomic
 from liveprune.server import admin_server, live_metrics, public_health
 from liveprune.server.admin_api import make_app
@@ -21,6 +23,10 @@ from liveprune.server.audit import AuditLog
 from liveprune.server.background_gate import BackgroundGate
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
+from liveprune.server.experiment_promotion import Promoter
+from liveprune.server.experiment_service import ExperimentService
+from liveprune.server.experiment_worker import ExperimentWorker
+from liveprune.server.experiments.live import LiveExperiments
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
 from liveprune.server.jobs.background import Background, LiveBackground, NoLiveBackground
 from liveprune.server.kept_prompts import FOLDER as PROMPTS
@@ -69,6 +75,7 @@ class LiveServer:
         self._rebuild = RebuildFolder(folder.path, base)
         self._audit = AuditLog(folder.store)
         self._records = OperationRecords(folder.store)
+        self._experiments = LiveExperiments(folder.store.salt(), time.time)
         self._keys = server_keys(options.admin_key_file, options.state, public=public_keys)
         self._listener = admin_server.bind(options.admin_host, options.admin_port)
 
@@ -86,9 +93,10 @@ class LiveServer:
                     logger.warning("at start: %s", problem)
                 remember_resident(self._folder, self._options.resident)
             stack.push_async_callback(control.stop)
-            calibration = None
+            calibration = experiments = None
             if front.engine is not None and isinstance(control, Control):
                 calibration = await self._calibration(front.engine, control, stack)
+                experiments = await self._experiment_service(control, front.names, stack)
             prompts = self._options.prompts
             await stack.enter_async_context(
                 KeptPrompts(
@@ -110,6 +118,7 @@ class LiveServer:
                 metrics=metrics,
                 jobs=background.jobs,
                 calibration=calibration,
+                experiments=experiments,
             )
             running = await admin_server.start(app, listener=self._listener)
             stack.push_async_callback(running.stop)
@@ -168,6 +177,21 @@ class LiveServer:
         await stack.enter_async_context(found.running())
         return found
 
+    async def _experiment_service(
+        self, control: Control, names: Sequence[str], stack: contextlib.AsyncExitStack
+    ) -> ExperimentService:
+        """Experiments, run until ``stack`` is closed; those of before a restart go on."""
+        store, live = self._folder.store, self._experiments
+        promoter = Promoter(store, control)
+        worker = ExperimentWorker(store, live, promoter, interval=self._options.experiment_interval)
+        try:
+            await worker.load()
+        except StoreError as error:  # it was there a moment ago: the next look reads them
+            logger.warning("experiments are not run yet: %s", error)
+        worker.start()
+        stack.push_async_callback(worker.stop)
+        return ExperimentService(store, live, worker, control, names)
+
     def restarting(self) -> AbstractContextManager[Path]:
         """Wraps the server's run; gives the checkpoint to serve, the base but in rebuild mode."""
         return restarting(self._rebuild)
@@ -198,6 +222,7 @@ class LiveServer:
             self._folder,
             Canaries((*canary_prompts(engine.vocabulary), *self._prompts), key),
             fingerprint=self._folder.store.model,
+            needed=self._experiments.needed_variants,
             memory_target=self._options.memory_target
             or await default_target(engine, self._folder.path),
         )
