@@ -18,7 +18,12 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.responses import JSONResponse
 
 from liveprune.pruning.errors import LiveprunError
-from liveprune.server import admin_candidates, admin_jobs, admin_statistics
+from liveprune.server import (
+    admin_candidates,
+    admin_experiments,
+    admin_jobs,
+    admin_statistics,
+)
 from liveprune.server.admin_auth import AdminGate
 from liveprune.server.admin_changes import Admin
 from liveprune.server.admin_errors import add_error_handlers
@@ -38,6 +43,7 @@ from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog
 from liveprune.server.body_limit import BodyLimit
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.experiment_service import ExperimentService
 from liveprune.server.jobs.service import JobService
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_metrics import LiveMetrics
@@ -73,10 +79,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "The request is malformed.",
         403: "The admin key is missing or wrong.",
-        404: "The variant or the operation is unknown.",
+        404: "What the request names is unknown.",
         409: "Another operation is in the way, it is too late, or the name is taken.",
         413: "The body is too long.",
-        422: "The plan is unusable, or does not fit the model, or the variant cannot be live.",
+        422: "What was sent is unusable: a plan, rows, an experiment's definition.",
         500: "A defect of the server; its log has more.",
         501: "The engine cannot do this at all.",
         503: "The engine or the audit log failed.",
@@ -227,6 +233,7 @@ def make_app(
     metrics: LiveMetrics | None = None,
     jobs: JobService | None = None,
     calibration: LiveCalibration | None = None,
+    experiments: ExperimentService | None = None,
 ) -> FastAPI:
     """Put the admin app together.
 
@@ -238,6 +245,7 @@ def make_app(
         metrics: those that the public port shows as well; None makes some for this app alone.
         jobs: background jobs; None where there is no store.
         calibration: statistics of live traffic; None where it is not counted.
+        experiments: None where there are no live variants.
     """
     app = FastAPI(
         title="Liveprune admin API",
@@ -247,8 +255,11 @@ def make_app(
         generate_unique_id_function=lambda route: route.name,
     )
     shown = metrics or LiveMetrics(control)
-    app.state.admin = Admin(control, audit, AllowedPaths(roots), shown, jobs, calibration)
-    for each in (router, admin_candidates.router, admin_jobs.router, admin_statistics.router):
+    app.state.admin = Admin(
+        control, audit, AllowedPaths(roots), shown, jobs, calibration, experiments
+    )
+    others = (admin_candidates, admin_jobs, admin_statistics, admin_experiments)
+    for each in (router, *(module.router for module in others)):
         app.include_router(
             each,
             prefix="/admin/v1",

@@ -19,6 +19,7 @@ from liveprune.server.admin_models import OperationBody
 from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog, Change
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.experiment_service import ExperimentService
 from liveprune.server.jobs.service import JobService
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_metrics import LiveMetrics
@@ -39,6 +40,8 @@ class Admin:
     """None where there is no store to keep them in."""
     calibration: LiveCalibration | None = None
     """None where live traffic is not counted."""
+    experiments: ExperimentService | None = None
+    """None where there are no live variants to split traffic over."""
 
     async def change(
         self,
@@ -58,10 +61,12 @@ class Admin:
         parameters: Mapping[str, Any],
         run: Callable[[], Awaitable[T]],
         name: Callable[[T], str],
+        *,
+        status: int = 202,
     ) -> T:
         """Record, do and record one mutation; nothing happens if it cannot be recorded.
 
-        ``name``: the id of what came of it, for the audit log.
+        ``name``: the id of what came of it, for the audit log; ``status``: of the answer then.
         """
         asked = Change(
             who=request.state.who,
@@ -76,7 +81,7 @@ class Admin:
         except Exception as error:
             await self.audit.answered(asked, status_of(error), error=str(error))
             raise
-        await self.audit.answered(asked, 202, operation=name(found))
+        await self.audit.answered(asked, status, operation=name(found))
         return found
 
     async def tag(self, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -20,6 +21,10 @@ Json = dict[str, Any]
 
 class AdminConflictError(EngineError):
     """Another operation is in the way (409): what was asked for may be possible later."""
+
+
+class AdminUnsupportedError(EngineError):
+    """The server cannot do this at all (501)."""
 
 
 class AdminClient:
@@ -128,6 +133,47 @@ class AdminClient:
         """Turn all background work on or off."""
         return self._call("POST", "background", {"enabled": enabled})
 
+    def start_experiment(self, definition: Json) -> Json:
+        """Start or schedule an experiment (docs/experiments.md); returns it."""
+        return self._call("POST", "experiments", definition)
+
+    def check_experiment(self, definition: Json) -> Json:
+        """The definition as it would be started, with all defaults."""
+        found: Json = self._call("POST", "experiments/check", definition)["definition"]
+        return found
+
+    def experiments(self) -> list[Json]:
+        """The newest first."""
+        found: list[Json] = self._call("GET", "experiments")["experiments"]
+        return found
+
+    def experiment(self, name: str) -> Json:
+        """One experiment."""
+        return self._call("GET", f"experiments/{quote(name, safe='')}")
+
+    def stop_experiment(self, name: str, reason: str) -> Json:
+        """End an experiment; returns it."""
+        return self._call("POST", f"experiments/{quote(name, safe='')}/stop", {"reason": reason})
+
+    def set_weights(self, name: str, weights: Mapping[str, float]) -> Json:
+        """Change the shares of all arms; returns the experiment."""
+        body = {"weights": dict(weights)}
+        return self._call("PATCH", f"experiments/{quote(name, safe='')}/weights", body)
+
+    def decisions(self, name: str) -> list[Json]:
+        """The oldest first."""
+        path = f"experiments/{quote(name, safe='')}/decisions"
+        found: list[Json] = self._call("GET", path)["decisions"]
+        return found
+
+    def decision(self, name: str, number: int) -> Json:
+        """One decision with the numbers that it follows from."""
+        return self._call("GET", f"experiments/{quote(name, safe='')}/decisions/{number}")
+
+    def feedback(self, response_id: str, score: float) -> Json:
+        """Score an answer; returns the experiment and the arm."""
+        return self._call("POST", "feedback", {"response_id": response_id, "score": score})
+
     def close(self) -> None:
         self._http.close()
 
@@ -171,7 +217,8 @@ class AdminClient:
             raise EngineError(
                 f"{self._url}: the key was refused: {message} (the key is from {self._key_source})"
             )
-        raise AdminConflictError(message) if answer.status_code == 409 else EngineError(message)
+        kinds = {409: AdminConflictError, 501: AdminUnsupportedError}
+        raise kinds.get(answer.status_code, EngineError)(message)
 
     def _stranger(self, answer: httpx.Response) -> EngineError:
         return EngineError(

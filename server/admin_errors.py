@@ -27,6 +27,7 @@ from liveprune.pruning.errors import (
     StoreError,
     VariantError,
 )
+from liveprune.server.store.experiment_rows import UnknownExperimentError
 from liveprune.server.store.jobs import UnknownJobError
 
 
@@ -46,6 +47,7 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
     (UnknownVariantError, 404),
     (UnknownOperationError, 404),
     (UnknownJobError, 404),
+    (UnknownExperimentError, 404),
     (TakenVariantError, 409),
     (ConflictError, 409),
     (VariantError, 422),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from liveprune.pruning.errors import LiveprunError, VariantError
-from liveprune.server import cli_jobs, cli_live
+from liveprune.server import cli_experiments, cli_jobs, cli_live
 from liveprune.server.admin_key import STATE_VARIABLE, STORE_VARIABLE
 from liveprune.server.cli_options import ModelArgument, OutputOption, check_output
 from liveprune.server.cli_pareto import pareto
@@ -33,6 +33,7 @@ app.command()(pareto)
 app.command()(statistics)
 cli_live.register(app)
 cli_jobs.register(app)
+cli_experiments.register(app)
 app.add_typer(store_app, name="store")
 console = Console()
 
@@ -134,6 +135,9 @@ def serve(
     admin_key_file: Annotated[
         Path | None, typer.Option(help="Admin keys, one a line; default: in the state folder.")
     ] = None,
+    experiment_interval: Annotated[
+        float, typer.Option(min=1, help="Seconds between two decisions on an experiment.")
+    ] = 10,
     live_statistics: Annotated[
         bool,
         typer.Option(
@@ -198,6 +202,7 @@ def serve(
         store_quota=parse_bytes("--store-quota", store_quota),
         keep_jobs=keep_jobs,
         replica=replica,
+        experiment_interval=experiment_interval,
         statistics=StatisticsOptions(
             on=live_statistics,
             sample=statistics_sample,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from rich.table import Column, Table
 
 from liveprune.pruning.errors import EngineError
 from liveprune.server.admin_key import KEY_VARIABLE, client_key, default_state_folder
+from liveprune.server.cli_experiment_show import summary
 from liveprune.server.operations import State
 
 if TYPE_CHECKING:
@@ -132,8 +134,13 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show the server's memory, its variants and what is going on."""
+    from liveprune.server.admin_client import AdminUnsupportedError
+
+    experiments: list[dict[str, Any]] = []
     with connect(admin_url, admin_key_file) as client:
         found = client.status()
+        with contextlib.suppress(AdminUnsupportedError):
+            experiments = [] if as_json else client.experiments()
     if as_json:
         print_json(found)
         return
@@ -141,6 +148,9 @@ def status(
     console.print(f"a roll-back returns to {found['previous'] or 'nothing: there is none'}")
     if found["operation"]:
         console.print(f"under way: {_describe(found['operation'])}")
+    for experiment in experiments:
+        if experiment["state"] == "running":
+            console.print(summary(experiment))
     console.print(_memory_table(found))
     console.print(_variants_table(found["variants"]))
 

@@ -68,7 +68,7 @@ def export_store(
     store: UrlOption = None,
     store_files: FilesOption = None,
 ) -> None:
-    """Print all rows as JSON: variants, jobs, evaluations, swaps, the audit log."""
+    """Print all rows as JSON: variants, jobs, experiments, swaps, the audit log, ..."""
     from liveprune.server.store.transfer import export
 
     with _opened(model, state_dir, store, store_files) as opened:

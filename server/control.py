@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from liveprune.patches.live_types import BASE_SLOT
@@ -48,6 +48,7 @@ class Control:
         memory_target: int | None = None,
         limits: Mapping[State, float] = LIMITS,
         fingerprint: str = "",
+        needed: Callable[[], Mapping[str, str]] = dict,
         poll: float = 0.05,
         grace: float = 10.0,
     ) -> None:
@@ -63,6 +64,7 @@ class Control:
             memory_target: bytes for experts, other weights and KV; None: what is used at start.
             limits: seconds that each state may take.
             fingerprint: of the base model, for those who make plans for it.
+            needed: tag to the running experiment that needs this variant to be live.
             poll: seconds between looks at a filling or draining slot.
             grace: seconds that an interrupted engine call may take to end.
         """
@@ -76,6 +78,7 @@ class Control:
         self._runner = OperationRunner(swapper, self._records)
         self._candidates = LiveCandidates(self._steps, swapper, self._runner)
         self._fingerprint = fingerprint
+        self._needed = needed
         self._asked_target = memory_target
         self._started = False
 
@@ -204,7 +207,8 @@ class Control:
         Raises:
             PlanError: the plan is unreadable or does not fit the model.
             VariantError: the tag is reserved, malformed, or unknown and without a plan.
-            ConflictError: another operation is under way.
+            ConflictError: another operation is under way, or a running experiment needs the plan
+                that the tag has.
         """
         asked = ("add", tag, str(plan_path))
         if (earlier := await self._accept(idempotency_key, asked)) is not None:
@@ -221,6 +225,7 @@ class Control:
         change.old = registry.live.get(tag)
         if change.old is not None and change.old.variant.digest == variant.digest:
             return self._runner.begin(change, tidy_up(registry), idempotency_key, asked)
+        self._check_not_needed(tag)
         known = registry.known.get(tag)
         if known is not None and known.digest != variant.digest:
             change.replaced = known.digest
@@ -238,7 +243,8 @@ class Control:
 
         Raises:
             VariantError: it is unknown, or ``full`` is to be forgotten.
-            ConflictError: the bare name routes to it, or another operation is under way.
+            ConflictError: the bare name routes to it, a running experiment needs it, or another
+                operation is under way.
         """
         asked = ("remove", tag, forget)
         if (earlier := await self._accept(idempotency_key, asked)) is not None:
@@ -252,6 +258,7 @@ class Control:
             raise ConflictError(
                 f"{name}: is what {registry.name!r} routes to; swap to another variant first"
             )
+        self._check_not_needed(tag)
         change = Change.asked("remove", variant, registry)
         change.old = registry.live.get(tag)
         forget = forget or (change.old is None and variant.plan is not None)
@@ -266,7 +273,7 @@ class Control:
         Args:
             tag: of a known variant.
             keep_previous: leave the variant before it live, so that a roll-back takes no time;
-                else its memory goes to the KV cache.
+                else its memory goes to the KV cache, unless a running experiment needs it.
             idempotency_key: the same one returns the same operation.
 
         Raises:
@@ -330,6 +337,14 @@ class Control:
         if not self._started:
             raise ConflictError("the server is restoring its variants; try again soon")
 
+    def _check_not_needed(self, tag: str) -> None:
+        holder = self._needed().get(tag)
+        if holder is not None and tag in self._registry.live:
+            raise ConflictError(
+                f"{self._registry.full_name(tag)}: the running experiment {holder} needs it; stop "
+                "that first"
+            )
+
     def _swap(
         self, kind: str, tag: str, keep_previous: bool, key: str | None, asked: Asked
     ) -> Operation:
@@ -339,6 +354,6 @@ class Control:
         change.new = registry.live.get(tag)
         if tag == registry.alias and change.new is not None:
             return self._runner.begin(change, tidy_up(registry), key, asked)
-        if not keep_previous:
+        if not keep_previous and registry.alias not in self._needed():
             change.old = registry.live.get(registry.alias)
         return self._runner.begin(change, bring(change), key, asked)

@@ -116,6 +116,13 @@ class ExperimentList(Body):
     experiments: list[ExperimentBody]
 
 
+class CheckedExperiment(Body):
+    """What would run."""
+
+    definition: dict[str, Any]
+    """With all defaults."""
+
+
 class Weights(Body):
     """New shares, of all arms; they sum to 1."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from liveprune.server.audit import AuditLog
 from liveprune.server.background_gate import BackgroundGate
 from liveprune.server.control import Control
 from liveprune.server.engine import LiveEngine
+from liveprune.server.experimenting import experimenting
 from liveprune.server.experiments.live import LiveExperiments
 from liveprune.server.golden import Canaries, canary_prompts, engine_key, read_prompts
 from liveprune.server.jobs.background import Background, LiveBackground, NoLiveBackground
@@ -30,14 +30,11 @@ from liveprune.server.kept_prompts import FOLDER as PROMPTS
 from liveprune.server.kept_prompts import KeptPrompts
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.live_options import LiveOptions, remember_resident
-from liveprune.server.measuring import Measuring
 from liveprune.server.memory_budget import total_bytes
 from liveprune.server.operation_records import OperationRecords
 from liveprune.server.rebuild import RebuildControl
 from liveprune.server.rebuild_restart import restarting
 from liveprune.server.rebuild_state import RebuildFolder
-from liveprune.server.request_metrics import RequestMetrics
-from liveprune.server.routing import Routing
 from liveprune.server.state_folder import StateFolder
 
 ROWS_FILE = "rows"
@@ -75,6 +72,7 @@ class LiveServer:
         self._rebuild = RebuildFolder(folder.path, base)
         self._audit = AuditLog(folder.store)
         self._records = OperationRecords(folder.store)
+        self._experiments = LiveExperiments(folder.store.salt(), time.time)
         self._keys = server_keys(options.admin_key_file, options.state, public=public_keys)
         self._listener = admin_server.bind(options.admin_host, options.admin_port)
 
@@ -92,13 +90,19 @@ class LiveServer:
                     logger.warning("at start: %s", problem)
                 remember_resident(self._folder, self._options.resident)
             stack.push_async_callback(control.stop)
-            calibration, requests, routing = None, None, None
+            calibration = experiments = None
             if front.engine is not None and isinstance(control, Control):
                 calibration = await self._calibration(front.engine, control, stack)
-                experiments = LiveExperiments(secrets.token_bytes(32), time.time)
-                requests = RequestMetrics(front.engine.buckets)
-                stack.enter_context(Measuring(experiments, requests).running())
-                routing = Routing(control.directory, experiments)
+                experiments = await stack.enter_async_context(
+                    experimenting(
+                        front.engine,
+                        control,
+                        self._folder.store,
+                        self._experiments,
+                        front.names,
+                        self._options.experiment_interval,
+                    )
+                )
             prompts = self._options.prompts
             await stack.enter_async_context(
                 KeptPrompts(
@@ -111,7 +115,10 @@ class LiveServer:
             )
             background = self._background(control, front.engine, calibration)
             metrics = live_metrics.LiveMetrics(
-                control, calibration, background.jobs.newest, requests
+                control,
+                calibration,
+                background.jobs.newest,
+                experiments.requests if experiments else None,
             )
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(
@@ -122,14 +129,17 @@ class LiveServer:
                 metrics=metrics,
                 jobs=background.jobs,
                 calibration=calibration,
+                experiments=experiments.service if experiments else None,
             )
-            running = await admin_server.start(app, listener=self._listener)
+            running = await admin_server.start(
+                app, listener=self._listener, on_stop=app.state.events.close
+            )
             stack.push_async_callback(running.stop)
             background.supervisor.start()
             stack.push_async_callback(background.supervisor.stop)
             logger.info("serving %s, state in %s", control.serving, self._folder.path)
             # None in rebuild mode: requests have no choice there.
-            admission.install(routing)
+            admission.install(experiments.routing if experiments else None)
             stack.callback(admission.install, None)
             return stack.pop_all().aclose
         raise AssertionError("unreachable")
@@ -210,6 +220,7 @@ class LiveServer:
             self._folder,
             Canaries((*canary_prompts(engine.vocabulary), *self._prompts), key),
             fingerprint=self._folder.store.model,
+            needed=self._experiments.needed_variants,
             memory_target=self._options.memory_target
             or await default_target(engine, self._folder.path),
         )

@@ -82,6 +82,8 @@ class LiveOptions:
     """Ended jobs that keep their folders."""
     replica: str | None = None
     """Name of this server among those that share the database; None: the host's."""
+    experiment_interval: float = 10.0
+    """Seconds between two looks at the experiments."""
     statistics: StatisticsOptions = StatisticsOptions()
     prompts: PromptOptions = PromptOptions()
 

@@ -7,6 +7,8 @@ In this order:
 - SHIP: the primary measure, if there is one, is proven better, and every guardrail is proven within
   its margin.
 - HOLD: none of these, yet.
+
+An arm without a share, rolled back or not begun, is judged but causes nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +58,11 @@ def decide(record: Record) -> Decision:
         )
         reason = f"units do not fall into arms by their shares (p = {p:.2g}): {counts}"
         return _finish(record, "INVALID", None, (reason,), p, findings)
-    worse = [x for x in findings if x.state == "worse" and x.role == "guardrail"]
+    worse = [
+        x
+        for x in findings
+        if x.state == "worse" and x.role == "guardrail" and record.shares.get(x.arm)
+    ]
     ready = [x for x in worse if _enough(record, x.arm, x.count, experiment.rollback_units)]
     if ready:
         arm = ready[0].arm
@@ -65,6 +71,7 @@ def decide(record: Record) -> Decision:
     missing = {
         arm.name: _missing(record, [x for x in findings if x.arm == arm.name], arm.name)
         for arm in experiment.treatments
+        if record.shares.get(arm.name)
     }
     shippable = [arm for arm, reasons in missing.items() if not reasons]
     if shippable:
@@ -161,9 +168,11 @@ def _may_ramp(record: Record, findings: tuple[Finding, ...]) -> bool:
         and x.state != "worse"
         and (x.state == "within" or not looks_worse(experiment, x))
         for x in findings
-        if x.role == "guardrail"
+        if x.role == "guardrail" and record.shares.get(x.arm)
     )
     enough = all(
-        record.units.get(arm.name, 0) >= experiment.rollback_units for arm in experiment.arms
+        record.units.get(arm, 0) >= experiment.rollback_units
+        for arm, share in record.shares.items()
+        if share or arm == experiment.control
     )
     return lasted and enough and full

@@ -190,7 +190,24 @@ class LiveExperiments:
         while len(self._answers) > MOST_ANSWERS:
             del self._answers[next(iter(self._answers))]
 
-    def take_answers(self) -> dict[str, Assignment]:
-        """Answers since the last call, by response id; the caller stores them."""
-        found, self._answers = self._answers, {}
-        return found
+    def answer(self, response_id: str) -> Assignment | None:
+        """Which arm gave an answer that is not in the store yet."""
+        return self._answers.get(response_id)
+
+    def answers(self) -> dict[str, Assignment]:
+        """Answers that are not in the store yet, by response id, the oldest first."""
+        return dict(self._answers)
+
+    def forget_answers(self, answers: Mapping[str, Assignment]) -> None:
+        """Let go of answers: the store has them, or they are scored."""
+        for response_id, assignment in answers.items():
+            if self._answers.get(response_id) is assignment:
+                del self._answers[response_id]
+
+    def needed_variants(self) -> dict[str, str]:
+        """Tag to the experiment that routes only while this variant is live here."""
+        return {
+            arm.variant: name
+            for name, found in self._running.items()
+            for arm in found.experiment.arms
+        }

@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from liveprune.pruning.errors import PlanError
+from liveprune.pruning.errors import ExperimentError, PlanError
+from liveprune.server.store.experiment_rows import ACTIVE, merged, read_running
 from liveprune.server.store.jobs import JobState
 from liveprune.server.store.store import ALL_JOBS, Store
 
 SETTLED = 3600.0
 """Seconds after which a plan's files are surely counted on, if they ever will be."""
+ALL_EXPERIMENTS = 100_000
+"""More than there are."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Finding:
 
 def check(store: Store) -> list[Finding]:
     """Look at database and files; changes nothing."""
-    return [*_database(store), *_variants(store), *_servers(store), *_jobs(store), *_files(store)]
+    looks = (_database, _variants, _servers, _jobs, _experiments, _files)
+    return [finding for look in looks for finding in look(store)]
 
 
 def repair(store: Store, *, age: float = SETTLED) -> list[str]:
@@ -82,6 +86,20 @@ def _jobs(store: Store) -> Iterator[Finding]:
             yield Finding(f"job {job.id}: is {job.state}, owned by {job.owner or 'nobody'}")
         if job.state.ended != (job.finished is not None):
             yield Finding(f"job {job.id}: is {job.state}, ended at {job.finished}")
+
+
+def _experiments(store: Store) -> Iterator[Finding]:
+    known = {found.name: found for found in store.experiments.newest(limit=ALL_EXPERIMENTS)}
+    for name, found in known.items():
+        if (found.state in ACTIVE) != (found.ended is None):
+            yield Finding(f"experiment {name}: is {found.state}, ended at {found.ended}")
+        try:
+            read_running(found)
+            merged(found, store.measurements.of(name).values())
+        except ExperimentError as error:
+            yield Finding(f"experiment {name}: {error}")
+    for name in sorted({*store.measurements.updated(), *store.decisions.newest_ids()} - {*known}):
+        yield Finding(f"experiment {name}: was measured or decided on, and is not known")
 
 
 def _files(store: Store) -> Iterator[Finding]:

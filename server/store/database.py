@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
@@ -72,6 +73,20 @@ def exclusive(connection: Connection, model: str) -> None:
     if connection.dialect.name == "postgresql":
         key = int.from_bytes(hashlib.blake2b(model.encode(), digest_size=8).digest(), signed=True)
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def upsert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, or write them over those with the same primary key. All have the same columns.
+
+    Within a transaction; others may insert the same at the same moment.
+    """
+    if not rows:
+        return
+    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    keys = [column.name for column in table.primary_key]
+    query = make(table)
+    changed = {name: query.excluded[name] for name in rows[0] if name not in keys}
+    connection.execute(query.on_conflict_do_update(index_elements=keys, set_=changed), list(rows))
 
 
 def now(connection: Connection) -> float:

@@ -1,7 +1,8 @@
 """The tables. A change here needs a revision in ``migrations/versions``.
 
 Times are seconds since 1970. Everything belongs to one base model, named by its fingerprint, so
-that several models, and several replicas of one, share a database.
+that several models, and several replicas of one, share a database. What is ``PRIVATE`` belongs to
+the database itself, and leaves it in no export or backup.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
@@ -22,6 +24,8 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+PRIVATE = "private"
+"""Mark, in a table's ``info``."""
 _NUMBER = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up INTEGER keys only
 
 servers = Table(
@@ -138,3 +142,89 @@ settings = Table(
     PrimaryKeyConstraint("model", "key"),
 )
 """Switches that all replicas heed."""
+
+experiments = Table(
+    "experiments",
+    metadata,
+    Column("model", String(64), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("definition", JSON, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("created", Float, nullable=False),
+    Column("started", Float),
+    Column("ended", Float),
+    Column("reason", Text, nullable=False),
+    Column("history", JSON, nullable=False),
+    Column("last_action", Float),
+    Column("mismatch_p", Float, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("request_key", String(255)),
+    Column("owner", String(255)),
+    Column("lease_until", Float),
+    PrimaryKeyConstraint("model", "name"),
+)
+"""Experiments of all times: a name is never used again. Whoever holds the lease decides."""
+
+measurements = Table(
+    "measurements",
+    metadata,
+    Column("model", String(64), nullable=False),
+    Column("experiment", String(63), nullable=False),
+    Column("replica", String(255), nullable=False),
+    Column("content", JSON, nullable=False),
+    Column("updated", Float, nullable=False),
+    PrimaryKeyConstraint("model", "experiment", "replica"),
+)
+"""All that a replica has measured of an experiment, written whole each time."""
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("id", _NUMBER, primary_key=True, autoincrement=True),
+    Column("model", String(64), nullable=False),
+    Column("experiment", String(63), nullable=False),
+    Column("time", Float, nullable=False),
+    Column("record", JSON, nullable=False),
+    Column("decision", JSON, nullable=False),
+    Column("kept", Boolean, nullable=False),
+    Index("decisions_by_experiment", "model", "experiment", "id"),
+)
+"""What was decided, and the numbers it follows from; those that say nothing new are thinned out."""
+
+answers = Table(
+    "answers",
+    metadata,
+    Column("model", String(64), nullable=False),
+    Column("response_id", String(255), nullable=False),
+    Column("experiment", String(63), nullable=False),
+    Column("arm", String(63), nullable=False),
+    Column("phase", Integer, nullable=False),
+    Column("unit", String(16), nullable=False),
+    Column("created", Float, nullable=False),
+    PrimaryKeyConstraint("model", "response_id"),
+    Index("answers_by_time", "model", "created"),
+)
+"""Which arm gave an answer, for a client's score of it; gone once it is scored, or old."""
+
+promotions = Table(
+    "promotions",
+    metadata,
+    Column("model", String(64), nullable=False),
+    Column("experiment", String(63), nullable=False),
+    Column("replica", String(255), nullable=False),
+    Column("variant", String(255), nullable=False),
+    Column("asked", Float, nullable=False),
+    Column("done", Float),
+    Column("error", Text, nullable=False),
+    PrimaryKeyConstraint("model", "experiment", "replica"),
+)
+"""Replicas that swap to the winner of an experiment, each once."""
+
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    info={PRIVATE: True},
+)
+"""Random bytes that all replicas share."""

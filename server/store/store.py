@@ -10,11 +10,16 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from liveprune.server.store.database import open_database, transaction
+from liveprune.server.store.database import now, open_database, transaction
+from liveprune.server.store.decisions import Decisions
+from liveprune.server.store.experiment_rows import Clock
+from liveprune.server.store.experiments import Experiments
 from liveprune.server.store.jobs import Jobs
+from liveprune.server.store.measurements import MeasurementRows
 from liveprune.server.store.plan_files import PlanFiles
 from liveprune.server.store.quota import check_room, drop_old_jobs
 from liveprune.server.store.records import AuditRows, Evaluations, Settings, Swaps
+from liveprune.server.store.secret import shared_secret
 from liveprune.server.store.servers import Servers
 from liveprune.server.store.variants import Variants
 
@@ -36,7 +41,8 @@ class Store:
         files: folder of everything that is too large for rows.
         model: fingerprint of the base model.
         plans: files of plans.
-        variants, servers, jobs, evaluations, swaps, audit, settings: the tables.
+        variants, servers, jobs, evaluations, swaps, audit, settings, experiments, measurements,
+            decisions: the tables.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class Store:
         replica: str | None = None,
         quota: int = 0,
         keep_jobs: int = KEEP_JOBS,
+        clock: Clock = now,
     ) -> None:
         """Open the database, and bring it up to this release.
 
@@ -60,6 +67,7 @@ class Store:
                 may be others.
             quota: bytes that files may take; 0: no bound.
             keep_jobs: ended jobs whose folders ``drop_old_jobs`` leaves.
+            clock: of experiments.
 
         Raises:
             StoreError: the database is not usable.
@@ -81,6 +89,9 @@ class Store:
         self.swaps = Swaps(engine, model)
         self.audit = AuditRows(engine, model)
         self.settings = Settings(engine, model)
+        self.experiments = Experiments(engine, model, clock)
+        self.measurements = MeasurementRows(engine, model, self.replica, clock)
+        self.decisions = Decisions(engine, model, self.replica, self.experiments, clock)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -93,6 +104,10 @@ class Store:
     def writing(self) -> AbstractContextManager[Connection]:
         """All of it or nothing is written."""
         return transaction(self._engine)
+
+    def salt(self) -> bytes:
+        """The secret of the database that decides who gets which arm."""
+        return shared_secret(self._engine)
 
     def integrity(self) -> list[str]:
         """What the database itself finds wrong with its files (SQLite only)."""

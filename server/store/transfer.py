@@ -17,19 +17,21 @@ from typing import Any
 import sqlalchemy as sa
 
 from liveprune.pruning.errors import ConflictError, StoreError
-from liveprune.server.store.database import revision
-from liveprune.server.store.schema import metadata
+from liveprune.server.store import schema
+from liveprune.server.store.database import now, revision
+from liveprune.server.store.experiment_rows import ExperimentState
 from liveprune.server.store.store import Store
 
+TABLES = {x.name: x for x in schema.metadata.tables.values() if not x.info.get(schema.PRIVATE)}
 ROWS = "store.json"
 PLANS = "plans/"
 
 
 def export(store: Store) -> dict[str, Any]:
-    """All rows of the store's model, as plain JSON, of one moment. They hold no keys."""
+    """All rows of the store's model, as plain JSON, of one moment. They hold no secrets."""
     found: dict[str, Any] = {"revision": revision(), "model": store.model}
     with store.reading() as connection:
-        for name, table in metadata.tables.items():
+        for name, table in TABLES.items():
             query = sa.select(table).where(table.c.model == store.model)
             rows = connection.execute(query.order_by(*table.primary_key)).mappings()
             found[name] = [dict(row) for row in rows]
@@ -66,6 +68,9 @@ def back_up(store: Store, path: Path) -> None:
 def restore(store: Store, path: Path) -> None:
     """Put a backup into a store that is empty.
 
+    Experiments that ran are stopped: who gets which arm follows from a secret of the database that
+    they ran in, so the arms' units would be others from here on.
+
     Raises:
         StoreError: it is no backup, of another model or revision, or the database failed.
         ConflictError: the store holds something already.
@@ -75,17 +80,22 @@ def restore(store: Store, path: Path) -> None:
     for name, value in expected.items():
         if rows.get(name) != value:
             raise StoreError(f"{path}: {name} is {rows.get(name)!r}, expected {value!r}")
-    if any(export(store)[name] for name in metadata.tables):
+    if any(export(store)[name] for name in TABLES):
         raise ConflictError("the store is not empty, expected a new one")
     for name, content in files.items():
         store.plans.put(name, content)
     with store.writing() as connection:
-        for name, table in metadata.tables.items():
+        for name, table in TABLES.items():
             for row in rows[name]:
                 # Numbers that count up are the new database's own.
                 own = isinstance(table.c.get("id"), sa.Column) and table.c.id.autoincrement is True
                 values = {key: x for key, x in row.items() if not (own and key == "id")}
                 connection.execute(table.insert().values(values))
+        table = schema.experiments
+        running = (table.c.model == store.model, table.c.state == ExperimentState.RUNNING.value)
+        ended = {"state": ExperimentState.STOPPED.value, "ended": now(connection)}
+        why = {"reason": "restored from a backup", "owner": None}
+        connection.execute(table.update().where(*running).values(**ended, **why))
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -36,7 +36,8 @@ PASSED_ON = {
     # Mounted files, such as keys that can be rotated without a restart.
     "--admin-key-file",
     "--canary-prompts",
-    # Statistics, kept prompts and jobs: settings of the server alone.
+    # Experiments, statistics, kept prompts and jobs: settings of the server alone.
+    "--experiment-interval",
     "--keep-jobs",
     "--keep-prompts",
     "--keep-prompts-days",

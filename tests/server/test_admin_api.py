@@ -78,8 +78,24 @@ JOBS: list[tuple[str, str, Any]] = [
     ("POST", "/admin/v1/background", {"enabled": True}),
 ]
 """Of a server with a store; the one here has none (``jobs/test_admin_jobs.py``)."""
+EXPERIMENTS: list[tuple[str, str, Any]] = [
+    ("POST", "/admin/v1/experiments", {"name": "halve"}),
+    ("POST", "/admin/v1/experiments/check", {"name": "halve"}),
+    ("GET", "/admin/v1/experiments", None),
+    ("GET", "/admin/v1/experiments/{name}", None),
+    ("PATCH", "/admin/v1/experiments/{name}/weights", {"weights": {"full": 1}}),
+    ("POST", "/admin/v1/experiments/{name}/stop", {"reason": "x"}),
+    ("GET", "/admin/v1/experiments/{name}/decision", None),
+    ("GET", "/admin/v1/experiments/{name}/decisions", None),
+    ("GET", "/admin/v1/experiments/{name}/decisions/{number}", None),
+    ("POST", "/admin/v1/feedback", {"response_id": "x", "score": 1}),
+]
+"""Of a server with live variants and a store (``test_admin_experiments.py``)."""
+WITHOUT_STORE = tuple(f"/admin/v1/{x}" for x in ("jobs", "background", "experiments", "feedback"))
+NAMES = {"job": "1234", "name": "halve", "number": "1"}
 ROUTES = [
     *JOBS,
+    *EXPERIMENTS,
     *MUTATIONS,
     *EVALUATIONS,
     *((method, path, None) for method, path in READS),
@@ -102,7 +118,7 @@ def test_the_tables_of_this_file_name_every_route(served: Served) -> None:
         for method in route.methods
     }
     listed = {
-        (method, path.format(operation="{operation_id}", job="{job_id}"))
+        (method, path.replace("{operation}", "{operation_id}").replace("{job}", "{job_id}"))
         for method, path, _ in ROUTES
     }
     listed -= {("GET", "/openapi.json"), ("DELETE", "/admin/v1/variants/full")}
@@ -124,7 +140,7 @@ def test_the_tables_of_this_file_name_every_route(served: Served) -> None:
 def test_every_route_is_closed_without_the_right_key(
     served: Served, method: str, path: str, body: Any, headers: dict[str, str]
 ) -> None:
-    path = path.format(operation=an_operation(served), job="1234")
+    path = path.format(operation=an_operation(served), **NAMES)
     answer = served.ask(method, path, json=body, headers=headers)
     assert answer.status_code == 403
     error = answer.json()["error"]
@@ -142,10 +158,10 @@ def test_every_route_is_closed_without_the_right_key(
 def test_every_route_opens_with_any_right_key_and_never_shows_it(
     served: Served, method: str, path: str, body: Any, headers: dict[str, str]
 ) -> None:
-    path = path.format(operation=an_operation(served), job="1234")
+    path = path.format(operation=an_operation(served), **NAMES)
     answer = served.ask(method, path, json=body, headers=headers)
     changes = (method, path) not in [route[:2] for route in EVALUATIONS] and method != "GET"
-    absent = path in STATISTICS or path.startswith(("/admin/v1/jobs", "/admin/v1/background"))
+    absent = path in STATISTICS or path.startswith(WITHOUT_STORE)
     assert answer.status_code == (501 if absent else 202 if changes else 200)
     assert len(served.control.calls) == (method != "GET" and not absent)
     for key in (KEY, "older-key"):

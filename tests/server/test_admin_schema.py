@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,10 @@ from liveprune.server.admin_api import OPEN_PATHS, make_app
 from liveprune.server.admin_key import key_digest
 from liveprune.server.admin_models import ErrorBody
 from liveprune.server.audit import AuditLog
+from liveprune.server.experiment_promotion import Promoter
+from liveprune.server.experiment_service import ExperimentService
+from liveprune.server.experiment_worker import ExperimentWorker
+from liveprune.server.experiments.live import LiveExperiments
 from liveprune.server.jobs.background import Background, NoLiveBackground
 from liveprune.server.live_calibration import LiveCalibration
 from liveprune.server.operations import Operation, State
@@ -47,8 +53,20 @@ ALWAYS = [
 METHODS = ("GET", "PUT", "POST", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE")
 DATA = rows_path("sort", "train").resolve()
 JOB = {"method": "reap", "source": {"data": str(DATA)}, "experts": "4", "target_memory": None}
+EXPERIMENT: dict[str, Any] = {
+    "name": "halve",
+    "arms": [
+        {"name": "full", "variant": "full", "weight": 0.5},
+        {"name": "pruned", "variant": "e4", "weight": 0.5},
+    ],
+    "control": "full",
+    "primary": {"metric": "e2e_seconds"},
+    "guardrails": [{"metric": "loop", "margin": 0.2}],
+}
 KNOWN_BODIES = {
     "/admin/v1/jobs": JOB,
+    "/admin/v1/experiments": {**EXPERIMENT, "name": "other"},
+    "/admin/v1/experiments/check": {**EXPERIMENT, "name": "other"},
     "/admin/v1/swap": {"variant": "e4"},
     "/admin/v1/variants": {"plan": "p.json"},
 }
@@ -95,14 +113,19 @@ def make_site(folder: Path, store: Store) -> Site:
         engine=NoLiveBackground(),
         prompts=folder / "prompts",
     )
+    live = LiveExperiments(store.salt(), time.time)
+    worker = ExperimentWorker(store, live, Promoter(store, control), interval=60)
+    experiments = ExperimentService(store, live, worker, control, ["tiny"])
+    asyncio.run(experiments.start(EXPERIMENT, key=None))
     job = store.jobs.add(stored().model_dump(mode="json"))
-    known = {"job_id": job.id, "operation_id": operation.id, "tag": "e4"}
+    known = {"job_id": job.id, "operation_id": operation.id, "tag": "e4", "name": "halve"}
     app = make_app(
         control,
         keys=background.keys(lambda: [key_digest(KEY)]),
         audit=AuditLog(store),
         roots=roots,
         jobs=background.jobs,
+        experiments=experiments,
         calibration=LiveCalibration(engine, registry, folder, "print"),
     )
     document = schemathesis.openapi.from_asgi("/openapi.json", app, headers=BOTH)
@@ -178,3 +201,9 @@ def test_methods_that_are_not_documented(site: Site, path: str) -> None:
         assert set(answer.headers["allow"].split(", ")) == allowed
         if method != "HEAD":
             assert ErrorBody.model_validate(answer.json()).error.code == 405
+
+
+def test_numbers_beyond_those_of_a_database(site: Site) -> None:
+    path = "/admin/v1/experiments/halve/decisions"
+    assert ask(site.app, "GET", f"{path}/{(1 << 63) - 1}").status_code == 404
+    assert ask(site.app, "GET", f"{path}/{1 << 63}").status_code == 400

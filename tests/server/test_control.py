@@ -300,6 +300,36 @@ def test_forgetting_the_previous_variant(tmp_path: Path) -> None:
     run(test())
 
 
+def test_what_a_running_experiment_needs_stays(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as w:
+            await w.add("a", A)
+            needed = {"full": "halve", "a": "halve"}
+            w.control._needed = lambda: needed
+            for refused in (
+                lambda: w.control.remove("a"),
+                lambda: w.control.remove("a", forget=True),
+                lambda: w.control.add("a", w.plan_file(B)),
+            ):
+                before = w.snapshot()
+                with pytest.raises(ConflictError, match="m:a: the running experiment halve needs"):
+                    await refused()
+                assert w.snapshot() == before
+            assert (await w.add("a", A)).state is State.DONE, "the same plan is no change"
+            await w.add("b", B)
+            # A swap leaves what it left; so does a roll-back.
+            for change in (w.control.swap("b"), w.control.rollback(), w.control.swap("a")):
+                operation = await w.ended(await change)
+                assert operation.state is State.DONE
+                assert {"full", "a", "b"} >= w.registry.live.keys() >= {"full", "a"}
+            needed.clear()
+            await w.swap("full")
+            assert "a" not in w.registry.live, "as always"
+            w.check()
+
+    run(test())
+
+
 def test_no_slot_is_left(tmp_path: Path) -> None:
     async def test() -> None:
         async with world(tmp_path, slots=2) as w:

@@ -109,7 +109,7 @@ def test_the_warm_up_of_each_phase_is_not_counted() -> None:
     assert not found.counted
     world.live.finished(found, {"e2e_seconds": 1.0})
     world.live.answered("id", found)
-    assert world.live.take_answers() == {}
+    assert world.live.answers() == {}
     assert not world.units()
     world.now = 960.0
     assert world.arm("u1")
@@ -163,7 +163,7 @@ def test_a_restart_goes_on_with_what_was_measured() -> None:
     again.finished(ended, {"e2e_seconds": 1.0})
 
 
-def test_answers_are_held_for_feedback_until_they_are_taken(
+def test_answers_are_held_for_feedback_until_they_are_stored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("liveprune.server.experiments.live.MOST_ANSWERS", 2)
@@ -172,5 +172,18 @@ def test_answers_are_held_for_feedback_until_they_are_taken(
     assert found is not None
     for name in ("a", "b", "a", "c"):
         world.live.answered(name, found)
-    assert world.live.take_answers() == {"a": found, "c": found}, "the oldest goes first"
-    assert world.live.take_answers() == {}
+    held = world.live.answers()
+    assert held == {"a": found, "c": found}, "the oldest goes first"
+    assert (world.live.answer("a"), world.live.answer("b")) == (found, None)
+    later = world.route("u2")
+    assert later is not None
+    world.live.answered("c", later)
+    world.live.forget_answers(held)
+    assert world.live.answers() == {"c": later}, "given again since"
+
+
+def test_the_variants_of_all_arms_are_needed() -> None:
+    world = World(experiment())
+    assert world.live.needed_variants() == {"full": "halve", "e4": "halve"}
+    world.live.install([])
+    assert world.live.needed_variants() == {}

@@ -44,7 +44,7 @@ def test_a_newer_database_is_refused(url: str) -> None:
     with transaction(engine) as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     engine.dispose()
-    with pytest.raises(StoreError, match="has revision 9999, expected at most 0001"):
+    with pytest.raises(StoreError, match="has revision 9999, expected at most 0002"):
         open_database(url)
 
 
