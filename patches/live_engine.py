@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import uuid
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import cached_property
 from itertools import count
@@ -21,6 +22,7 @@ from liveprune.patches.live_types import (
     KVStatus,
     Served,
 )
+from liveprune.patches.request_meter import Generation, Meter
 from liveprune.patches.request_scoring import SCORE_KEY, read_scores
 from liveprune.patches.user_traffic import CANDIDATE, UserTraffic
 from liveprune.pruning.errors import EngineError, IncompatibleEnvironmentError
@@ -197,6 +199,25 @@ class VLLMLiveEngine:
             [self._in_background(variant, prompt, sampling) for prompt in prompts]
         )
 
+    async def repeat(self, variant: Served, generation: Generation, meter: Meter) -> None:
+        """Generate what a user was answered once more, on another variant, below user traffic.
+
+        Args:
+            variant: live, and kept so by the caller.
+            generation: of the user's request; its prompt and sampling are taken.
+            meter: notes how it goes; the caller closes it.
+
+        Raises:
+            ConflictError: users left no place for it.
+            EngineError: it was not answered.
+        """
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = copy.copy(generation.sampling)
+        sampling.n, sampling.output_kind = 1, RequestOutputKind.FINAL_ONLY
+        async with nullcontext() if self.gate is None else self.gate.place():
+            await self._in_background(variant, generation.prompt, sampling, meter=meter)
+
     async def _read(self, variant: Served, rows: Sequence[TokenRow], keys: Sequence[str]) -> None:
         """Have the workers collect the hidden states of the rows' answers."""
         from vllm import SamplingParams
@@ -213,7 +234,7 @@ class VLLMLiveEngine:
         )
         await self._gather(
             [
-                self._in_background(variant, text, sampling, **{SCORE_KEY: key})
+                self._in_background(variant, text, sampling, extra={SCORE_KEY: key})
                 for text, key in zip(texts, keys, strict=True)
             ]
         )
@@ -238,16 +259,22 @@ class VLLMLiveEngine:
         return [task.result() for task in tasks]
 
     async def _in_background(
-        self, variant: Served, tokens: Sequence[int], sampling: Any, **extra: str
+        self,
+        variant: Served,
+        tokens: Sequence[int],
+        sampling: Any,
+        *,
+        extra: Mapping[str, str] | None = None,
+        meter: Meter | None = None,
     ) -> tuple[int, ...]:
         """Answer one prompt below user traffic; whoever stops waiting aborts the request."""
         name = f"{CANDIDATE}{uuid.uuid4().hex}"
-        if SCORE_KEY in extra:
+        if extra is not None and SCORE_KEY in extra:
             # What is written is never read again: it is only in the cache until it is evicted.
             variant = Served(variant.name, variant.slot, f"{name}:{variant.salt}")
         question = {"prompt_token_ids": list(tokens)}
         try:
-            with serving(variant, extra):
+            with serving(variant, extra, meter):
                 stream = self._client.generate(question, sampling, name, priority=BACKGROUND)
                 answers = [answer async for answer in stream]
         except Exception as error:

@@ -33,6 +33,7 @@ from liveprune.patches import (
     weights,
 )
 from liveprune.patches.compat import Seam, check_seam, check_version
+from liveprune.patches.orphans import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def register() -> None:
     """
     import vllm
 
+    end_with_parent()
     check_version(vllm.__version__)
     for patch in PATCHES:
         check_seam(patch.seam)

@@ -17,22 +17,26 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response, Secu
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.responses import JSONResponse
 
-from liveprune.pruning.errors import LiveprunError
+from liveprune.pruning.errors import LiveprunError, VariantError
 from liveprune.server import (
     admin_candidates,
+    admin_events,
     admin_experiments,
     admin_jobs,
     admin_statistics,
 )
 from liveprune.server.admin_auth import AdminGate
 from liveprune.server.admin_changes import Admin
-from liveprune.server.admin_errors import add_error_handlers
+from liveprune.server.admin_dashboard import add_dashboard
+from liveprune.server.admin_errors import UnknownVariantError, add_error_handlers
+from liveprune.server.admin_events import event_sources
 from liveprune.server.admin_models import (
     AddVariant,
     Alive,
     ErrorBody,
     OperationBody,
     OperationList,
+    PlanBody,
     Ready,
     StatusBody,
     Swap,
@@ -43,6 +47,7 @@ from liveprune.server.allowed_paths import AllowedPaths
 from liveprune.server.audit import AuditLog
 from liveprune.server.body_limit import BodyLimit
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.event_feed import EventFeed
 from liveprune.server.experiment_service import ExperimentService
 from liveprune.server.jobs.service import JobService
 from liveprune.server.live_calibration import LiveCalibration
@@ -52,7 +57,8 @@ from liveprune.server.operations import Operation
 __all__ = ["ControlPlane", "make_app"]
 
 OPEN_PATHS = ("/health", "/ready", "/metrics")
-"""Paths that need no key: they tell probes and Prometheus how the server is, nothing else."""
+"""Paths that need no key, beside the page's files: they tell probes and Prometheus how the server
+is, nothing else."""
 READY_TIMEOUT = 5.0
 """Seconds; an engine that does not answer by then is not ready."""
 
@@ -133,6 +139,16 @@ async def remove_variant(
 
     parameters = {"tag": tag, "idempotency_key": key}
     return await admin.change(request, response, parameters, lambda: admin.existing(tag, run))
+
+
+@router.get("/variants/{tag:path}/plan")
+async def get_plan(tag: str, admin: AdminDependency) -> PlanBody:
+    """What a variant leaves of each layer's experts."""
+    found = await admin.tag(tag)
+    try:
+        return PlanBody.of(await admin.control.layers(found))
+    except VariantError as error:
+        raise UnknownVariantError(str(error)) from error
 
 
 @router.post("/swap", status_code=202)
@@ -255,10 +271,10 @@ def make_app(
         generate_unique_id_function=lambda route: route.name,
     )
     shown = metrics or LiveMetrics(control)
-    app.state.admin = Admin(
-        control, audit, AllowedPaths(roots), shown, jobs, calibration, experiments
-    )
-    others = (admin_candidates, admin_jobs, admin_statistics, admin_experiments)
+    admin = Admin(control, audit, AllowedPaths(roots), shown, jobs, calibration, experiments)
+    app.state.admin = admin
+    app.state.events = EventFeed(event_sources(admin))
+    others = (admin_candidates, admin_events, admin_jobs, admin_statistics, admin_experiments)
     for each in (router, *(module.router for module in others)):
         app.include_router(
             each,
@@ -272,8 +288,9 @@ def make_app(
             ],
         )
     app.include_router(probes)
+    page = add_dashboard(app)
     app.add_middleware(BodyLimit)
     # The last added is the outermost: nothing of a body is read without a key.
-    app.add_middleware(AdminGate, keys=keys, open_paths=OPEN_PATHS)
+    app.add_middleware(AdminGate, keys=keys, open_paths={*OPEN_PATHS, *page})
     add_error_handlers(app)
     return app

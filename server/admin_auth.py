@@ -86,9 +86,13 @@ class AdminGate:
         if scope["type"] != "http":
             raise RuntimeError(f"admin API: found a {scope['type']} connection, expected http")
         headers = Headers(scope=scope)
-        decision = decide_auth(headers.get("authorization"), headers.get("x-api-key"), self.keys())
+        given = headers.get("authorization"), headers.get("x-api-key")
+        decision = decide_auth(*given, self.keys())
         if decision.who is not None:
-            scope.setdefault("state", {})["who"] = decision.who
+            state = scope.setdefault("state", {})
+            state["who"] = decision.who
+            # For answers that do not end by themselves: keys may be taken away meanwhile.
+            state["still_admitted"] = lambda: decide_auth(*given, self.keys()).who is not None
             await self.app(scope, receive, send)
             return
         remote = scope["client"][0] if scope.get("client") else "unknown"

@@ -43,6 +43,10 @@ class UnknownOperationError(LiveprunError):
     """The request names an operation that is not remembered."""
 
 
+class TooManyListenersError(LiveprunError):
+    """As many listen to events as there may be."""
+
+
 STATUS: tuple[tuple[type[Exception], int], ...] = (
     (UnknownVariantError, 404),
     (UnknownOperationError, 404),
@@ -58,6 +62,7 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
     (ArchitectureError, 422),
     (EngineError, 503),
     (StoreError, 503),
+    (TooManyListenersError, 503),
     (IncompatibleEnvironmentError, 501),
 )
 """The first class that fits decides; anything else is 500."""

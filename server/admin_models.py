@@ -5,10 +5,12 @@ The answers mirror ``operations.py``; an unknown field is an error on both sides
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from liveprune.server.layer_views import LayerView
 from liveprune.server.operations import Operation, State, Status, VariantView
 
 Name = Annotated[
@@ -126,6 +128,34 @@ class VariantList(Body):
     """All variants that the server knows."""
 
     variants: list[VariantBody]
+
+
+class LayerBody(Body):
+    """What a variant leaves of one layer; a base expert that is in no list is dropped."""
+
+    layer: int
+    """Index among all decoder layers."""
+    experts: int
+    """Of the base model."""
+    remaining: int
+    """Under the variant."""
+    top_k: int
+    kept: list[int]
+    """Base experts that there are unchanged."""
+    merged: list[int]
+    """Base experts that only live on as parts of merged ones."""
+    constant: list[int]
+    """Base experts that answer with a constant vector."""
+
+
+class PlanBody(Body):
+    """What a variant leaves of the base model's experts."""
+
+    layers: list[LayerBody]
+
+    @classmethod
+    def of(cls, views: Sequence[LayerView]) -> PlanBody:
+        return cls.model_validate({"layers": [view.to_json() for view in views]})
 
 
 class StatusBody(Body):

@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class AdminServer:
     port: int
     _server: uvicorn.Server
     _task: asyncio.Task[None]
+    _on_stop: Callable[[], None]
 
     @property
     def url(self) -> str:
@@ -41,6 +42,7 @@ class AdminServer:
 
     async def stop(self) -> None:
         """Let requests end, for a few seconds, and close the port; a second call does nothing."""
+        self._on_stop()
         self._server.should_exit = True
         await asyncio.wait([self._task])
 
@@ -81,7 +83,12 @@ def bind(host: str = HOST, port: int = PORT) -> socket.socket:
 
 
 async def start(
-    app: Any, host: str = HOST, port: int = PORT, *, listener: socket.socket | None = None
+    app: Any,
+    host: str = HOST,
+    port: int = PORT,
+    *,
+    listener: socket.socket | None = None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> AdminServer:
     """Serve ``app`` (ASGI) until ``stop``; returns when it answers.
 
@@ -91,6 +98,7 @@ async def start(
         port: see ``bind``.
         listener: what ``bind`` returned, if the port was taken early; ``host`` and ``port`` then
             do not matter.
+        on_stop: ends answers that do not end by themselves; called first by ``stop``.
 
     Raises:
         OSError: see ``bind``.
@@ -113,7 +121,7 @@ async def start(
         await asyncio.sleep(0.01)
     if task.done():
         task.result()
-    running = AdminServer(name[0], name[1], server, task)
+    running = AdminServer(name[0], name[1], server, task, on_stop)
     logger.info("admin API on %s", running.url)
     return running
 

@@ -48,6 +48,11 @@ class LiveCandidates:
         """See ``control_plane.Candidates.check``."""
         self._engine.check_background()
 
+    @property
+    def closed(self) -> bool:
+        """Between ``close`` and ``open``."""
+        return bool(self._closed)
+
     def open(self) -> None:
         """Let plans be tried out."""
         self._closed = ""

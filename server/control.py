@@ -19,6 +19,7 @@ from liveprune.server.candidates import LiveCandidates
 from liveprune.server.change import Change
 from liveprune.server.engine import LiveEngine
 from liveprune.server.golden import Canaries
+from liveprune.server.layer_views import LayerView, layer_views
 from liveprune.server.memory_budget import room_for_rows, total_bytes
 from liveprune.server.operation_records import OperationRecords
 from liveprune.server.operation_runner import Asked, OperationRunner
@@ -169,6 +170,12 @@ class Control:
         """Every variant there is, by name."""
         await self._look_again()
         return list(self._registry.views((await self._engine.memory()).slots))
+
+    async def layers(self, tag: str) -> tuple[LayerView, ...]:
+        """What a variant leaves of each layer; VariantError if it is unknown."""
+        plan = self._registry.variant(tag).plan
+        # In a thread: of merges of many neurons it takes a while.
+        return await asyncio.to_thread(layer_views, plan, self._spec)
 
     async def status(self) -> Status:
         """What serves, what is under way, and the memory that it takes."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from liveprune.pruning.errors import LiveprunError
 from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.pruning.plan import Plan
+from liveprune.server.layer_views import LayerView
 from liveprune.server.operations import Operation, Status, VariantView
 
 
@@ -75,6 +76,9 @@ class ControlPlane(Protocol):
 
     async def variants(self) -> list[VariantView]:
         """All variants, ``full`` included."""
+
+    async def layers(self, tag: str, /) -> Sequence[LayerView]:
+        """What a variant leaves of each layer."""
 
     async def status(self) -> Status:
         """Memory, variants and the operation under way."""

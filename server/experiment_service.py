@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -160,7 +161,8 @@ class ExperimentService:
         if experiment.model not in self._names:
             fields = Fields({}, f"experiment {experiment.name}")
             raise fields.error("model", experiment.model, f"one of {', '.join(self._names)}")
-        return experiment
+        # The alias is one, whichever of its names a request has.
+        return dataclasses.replace(experiment, model=self._names[0])
 
     async def _check_live(self, experiment: Experiment) -> None:
         states = {view.tag: view.state for view in await self._control.variants()}

@@ -29,6 +29,8 @@ from liveprune.pruning.errors import (
 )
 from liveprune.pruning.foreign import read_any_plan
 from liveprune.pruning.model_spec import ModelSpec
+from liveprune.pruning.plan_io import load_plan
+from liveprune.server.layer_views import LayerView, layer_views
 from liveprune.server.operations import Operation, State, Status, VariantView
 from liveprune.server.rebuild_checkpoints import RebuiltCheckpoints
 from liveprune.server.rebuild_operations import RebuildOperations
@@ -233,6 +235,17 @@ class RebuildControl:
         """All variants, ``full`` included, by name."""
         known = {FULL: self._full, **self._folder.state.variants, **self._checkpoints.building}
         return [self._view(tag, known[tag]) for tag in sorted(known)]
+
+    async def layers(self, tag: str) -> tuple[LayerView, ...]:
+        """What a variant leaves of each layer.
+
+        Raises:
+            VariantError: it is unknown.
+            PlanError: the plan beside its checkpoint cannot be read.
+        """
+        model = self._folder.model(tag)
+        plan = None if tag == FULL else await asyncio.to_thread(load_plan, model)
+        return await asyncio.to_thread(layer_views, plan, self._spec)
 
     async def status(self) -> Status:
         """What serves and what is going on; sizes are those of the files, others are not known."""

@@ -37,6 +37,7 @@ TOKENS = 16
 MOST = 4000
 """Requests after which an experiment must have ended."""
 BATCH = 200
+USERS = 400
 AT_ONCE = 8
 TOLERANCE = 0.1
 """Seconds between the server's mean and the clients': theirs has their own queue in it."""
@@ -203,7 +204,7 @@ def test_a_pruned_variant_is_ramped_shipped_and_rolled_back(world: World) -> Non
     seen: dict[str, list[str]] = {}
     while world.state_of("halve") == "running" and len(answers) < MOST:
         # The same users come again: a ramp must take nobody off the growing arm.
-        for answer in world.ask([len(answers) % 1200 + i for i in range(BATCH)]):
+        for answer in world.ask([len(answers) % USERS + i for i in range(BATCH)]):
             answers.append(answer)
             seen.setdefault(answer.user, []).append(answer.arm)
     shown = world.json("experiments", "show", "halve")

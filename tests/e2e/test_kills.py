@@ -100,6 +100,7 @@ def test_killed_at_random_points(tmp_path: Path) -> None:
                 found = victim(server, kind, job)
                 if found is None:
                     continue
+                family = psutil.Process(server.pid).children(recursive=True)
                 os.kill(found.pid, signal.SIGKILL)
                 killed += 1
                 if kind == "worker":
@@ -108,6 +109,9 @@ def test_killed_at_random_points(tmp_path: Path) -> None:
                 while server.running and time.monotonic() < deadline:
                     time.sleep(0.2)
                 assert not server.running
+                # An engine that is left behind would hold the memory that the next one needs.
+                _, left = psutil.wait_procs(family, timeout=20)
+                assert [x for x in left if x.status() != psutil.STATUS_ZOMBIE] == []
             check_store(tmp_path)
             restarts += 1
             server.stop()

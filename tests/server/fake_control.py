@@ -26,6 +26,7 @@ from liveprune.server.admin_api import make_app
 from liveprune.server.admin_key import key_digest
 from liveprune.server.admin_server import AdminServer, start
 from liveprune.server.audit import AuditLog
+from liveprune.server.layer_views import LayerView
 from liveprune.server.operations import Operation, State, Status, VariantView
 from liveprune.server.store.store import Store
 
@@ -62,6 +63,8 @@ class FakeControl:
     fingerprint: str = "abc"
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     made: dict[str, Operation] = field(default_factory=dict)
+    kept: dict[str, list[LayerView]] = field(default_factory=dict)
+    """By tag, what ``layers`` tells."""
     outcomes: dict[str | None, AnswerScores | LiveprunError] = field(default_factory=dict)
     """By digest of the plan, what ``score`` and ``generate`` do not make up."""
     busy: int = 0
@@ -123,6 +126,10 @@ class FakeControl:
 
     async def variants(self) -> list[VariantView]:
         return self.known
+
+    async def layers(self, tag: str) -> list[LayerView]:
+        self._must_know(tag)
+        return self.kept[tag]
 
     async def status(self) -> Status:
         if self.error is not None:
@@ -222,7 +229,7 @@ def serving(app: FastAPI) -> Iterator[str]:
     ending = asyncio.Event()
 
     async def run() -> None:
-        started.append(await start(app, port=0))
+        started.append(await start(app, port=0, on_stop=app.state.events.close))
         ready.set()
         await ending.wait()
         await started[0].stop()

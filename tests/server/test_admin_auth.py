@@ -98,7 +98,8 @@ def through_gate(path: str, headers: dict[str, str], kind: str = "http") -> dict
 
 
 def test_the_gate_tells_the_app_who_came() -> None:
-    assert through_gate("/x", {"X-API-Key": NEW})["state"] == {"who": WHO_NEW}
+    state = through_gate("/x", {"X-API-Key": NEW})["state"]
+    assert (state["who"], state["still_admitted"]()) == (WHO_NEW, True)
 
 
 def test_the_gate_lets_nothing_through_without_a_key(caplog: pytest.LogCaptureFixture) -> None:

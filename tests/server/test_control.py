@@ -57,6 +57,25 @@ def test_a_fresh_server_serves_the_base(tmp_path: Path) -> None:
     run(test())
 
 
+def test_the_layers_of_a_variant_live_or_not(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as w:
+            await w.add("c", C)
+            full, ours = await w.control.layers("full"), await w.control.layers("c")
+            assert [(x.layer, x.remaining, x.top_k) for x in full] == [(i, 8, 2) for i in range(3)]
+            assert [(x.kept, x.top_k) for x in ours] == [
+                ((7,), 1),
+                ((6, 7), 1),
+                ((0, 1, 2, 3, 4, 5, 6, 7), 1),
+            ]
+            await w.ended(await w.control.remove("c"))
+            assert await w.control.layers("c") == ours
+            with pytest.raises(VariantError, match="'nothing' is unknown"):
+                await w.control.layers("nothing")
+
+    run(test())
+
+
 def test_status_while_a_swap_runs(tmp_path: Path) -> None:
     async def test() -> None:
         async with world(tmp_path) as w:

@@ -192,6 +192,17 @@ async def test_an_added_variant_is_a_checkpoint(world: World) -> None:
     assert small.top_k == {"min": 1, "max": 1}
 
 
+async def test_the_layers_of_a_checkpoint(world: World) -> None:
+    async with world.control() as control:
+        await ended(control, await control.add("e4", world.plan("p")))
+        assert {(x.kept, x.remaining, x.top_k) for x in await control.layers("e4")} == {
+            ((0, 3, 4, 6), 4, 1)
+        }
+        assert {(x.remaining, x.top_k) for x in await control.layers("full")} == {(8, 2)}
+        with pytest.raises(VariantError):
+            await control.layers("nothing")
+
+
 async def test_the_stated_cost_is_about_right(world: World) -> None:
     plan = merge_plan(world.base, 3, router_map=True)
     async with world.control() as control:

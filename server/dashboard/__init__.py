@@ -1,0 +1,1 @@
+"""The dashboard page: plain HTML, CSS and ES modules, served as they are (``admin_dashboard``)."""
