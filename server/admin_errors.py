@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match, Route
 
 from liveprune.pruning.errors import (
     ArchitectureError,
@@ -121,7 +122,15 @@ async def _no_such_route(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         raise error
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return error_response(error.status_code, message, headers=error.headers)
+    headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return error_response(error.status_code, message, headers=headers)
+
+
+def _allowed(request: Request) -> str:
+    """All methods of the path; Starlette names those of its first route only."""
+    routes = [x for x in request.app.routes if isinstance(x, Route)]
+    found = [x.methods or () for x in routes if x.matches(request.scope)[0] is Match.PARTIAL]
+    return ", ".join(sorted({method for methods in found for method in methods}))
 
 
 async def _unexpected(_: Request, error: Exception) -> JSONResponse:

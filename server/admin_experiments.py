@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Path, Request, Response
 
 from liveprune.pruning.errors import IncompatibleEnvironmentError
 from liveprune.server.admin_changes import Admin
@@ -153,7 +153,9 @@ async def list_decisions(name: str, experiments: Experiments) -> DecisionList:
 
 
 @router.get("/experiments/{name}/decisions/{number}")
-async def get_decision(name: str, number: int, experiments: Experiments) -> DecisionRecord:
+async def get_decision(
+    name: str, number: Annotated[int, Path(ge=0, lt=1 << 63)], experiments: Experiments
+) -> DecisionRecord:
     """One decision with the numbers that it follows from."""
     return await experiments.decision_record(name, number)
 

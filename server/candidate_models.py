@@ -117,9 +117,7 @@ class LayerBody(Body):
             expert_map=tuple(self.expert_map),
             constants=_matrix(self.constants),
             neuron_map=None if self.neuron_map is None else self.neuron_map.matrix(),
-            neuron_shares=(
-                None if self.neuron_shares is None else np.array(self.neuron_shares, np.float32)
-            ),
+            neuron_shares=(None if self.neuron_shares is None else _floats(self.neuron_shares)),
         )
 
 
@@ -282,7 +280,15 @@ def _matrix(body: MatrixBody | list[list[float]] | None) -> Matrix | None:
         return None if body is None else body.matrix()
     if len({len(row) for row in body}) > 1:
         raise PlanError("matrix: found rows of different lengths")
-    return np.array(body, np.float32)
+    return _floats(body)
+
+
+def _floats(values: list[float] | list[list[float]]) -> npt.NDArray[np.float32]:
+    try:
+        with np.errstate(over="raise"):
+            return np.array(values, np.float32)
+    except FloatingPointError as error:
+        raise PlanError("matrix: found a number that is too large, expected float32") from error
 
 
 def _listed(values: npt.NDArray[np.float64] | None) -> list[float | None] | None:

@@ -119,6 +119,7 @@ class LiveServer:
                 calibration,
                 background.jobs.newest,
                 experiments.requests if experiments else None,
+                experiments.service.newest if experiments else None,
             )
             await stack.enter_async_context(live_metrics.published(metrics))
             app = make_app(

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -27,6 +28,8 @@ from prometheus_client.metrics_core import (
 from liveprune.pruning.errors import LiveprunError
 from liveprune.server.calibration_metrics import calibration_metrics
 from liveprune.server.control_plane import ControlPlane
+from liveprune.server.experiment_metrics import experiment_metrics
+from liveprune.server.experiment_models import ExperimentBody
 from liveprune.server.histogram import Histogram
 from liveprune.server.job_metrics import job_metrics
 from liveprune.server.live_calibration import LiveCalibration
@@ -71,6 +74,8 @@ _ENGINE_GAUGES: tuple[tuple[str, str, Callable[[Status], int | None]], ...] = (
 )
 
 logger = logging.getLogger("liveprune.metrics")
+T = TypeVar("T")
+Ask = Callable[[], Awaitable[Sequence[T]]]
 
 
 class LiveMetrics:
@@ -80,13 +85,15 @@ class LiveMetrics:
         self,
         control: ControlPlane,
         calibration: LiveCalibration | None = None,
-        jobs: Callable[[], Awaitable[Sequence[Job]]] | None = None,
+        jobs: Ask[Job] | None = None,
         requests: RequestMetrics | None = None,
+        experiments: Ask[ExperimentBody] | None = None,
     ) -> None:
-        """``jobs``: asks the store for them; None where there is none."""
+        """``jobs``, ``experiments``: ask the store for them; None where there are none."""
         self._control, self._calibration, self._requests = control, calibration, requests
-        self._ask_jobs = jobs
+        self._ask_jobs, self._ask_experiments = jobs, experiments
         self._jobs: Sequence[Job] = ()
+        self._experiments: Sequence[ExperimentBody] = ()
         self._status: Status | None = None
         self._model: str | None = None
         self._swaps = {outcome: Histogram(BUCKETS) for outcome in OUTCOMES}
@@ -106,12 +113,8 @@ class LiveMetrics:
             logger.warning("no metrics of the engine: %s: %s", type(error).__name__, error)
             self._status = None
         self._count(self._control.operations())
-        if self._ask_jobs is not None:
-            try:
-                self._jobs = await self._ask_jobs()
-            except LiveprunError as error:
-                logger.warning("no metrics of jobs: %s", error)
-                self._jobs = ()
+        self._jobs = await _asked("jobs", self._ask_jobs)
+        self._experiments = await _asked("experiments", self._ask_experiments)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics as text, and its content type; ``accept`` is the request's header."""
@@ -127,6 +130,7 @@ class LiveMetrics:
             *calibration_metrics(None, None),
             *job_metrics(None, ()),
             *request_metrics(None, None),
+            *experiment_metrics(None, ()),
         ]
 
     def collect(self) -> Iterator[Metric]:
@@ -138,6 +142,7 @@ class LiveMetrics:
         yield from calibration_metrics(self._calibration, self._model)
         yield from job_metrics(self._model, self._jobs)
         yield from request_metrics(self._requests, self._model)
+        yield from experiment_metrics(self._model, self._experiments)
 
     def _count(self, operations: Sequence[Operation]) -> None:
         """Count each operation once, when it has ended."""
@@ -173,6 +178,16 @@ class LiveMetrics:
                 durations.add_metric((model, outcome.value), buckets, seen.total)
             mismatches.add_metric((model,), self._control.golden_mismatches)
         yield from (swaps, durations, mismatches)
+
+
+async def _asked(what: str, ask: Ask[T] | None) -> Sequence[T]:
+    if ask is None:
+        return ()
+    try:
+        return await ask()
+    except LiveprunError as error:
+        logger.warning("no metrics of %s: %s", what, error)
+        return ()
 
 
 def _variant_metrics(status: Status | None) -> Iterator[Metric]:

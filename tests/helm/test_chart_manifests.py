@@ -44,7 +44,8 @@ def test_lint(helm: Helm, values_files: dict[str, Path], values: str) -> None:
 @pytest.mark.parametrize("values", VALUES)
 def test_manifests_are_valid_kubernetes(render: Render, values: str, kubernetes: str) -> None:
     for manifest in render(values):
-        if manifest["kind"] != "ServiceMonitor":  # A custom resource: tested by hand below.
+        # Custom resources: tested by hand.
+        if manifest["kind"] not in ("ServiceMonitor", "PrometheusRule"):
             validate(manifest, kubernetes, strict=True)
 
 
@@ -56,7 +57,8 @@ def test_oldest_kubernetes_of_the_chart_is_validated() -> None:
 def test_kinds(render: Render) -> None:
     usual = ["Deployment", "PersistentVolumeClaim", "Pod", "Service", "ServiceAccount"]
     usual.insert(1, "PersistentVolumeClaim")
-    optional = ["NetworkPolicy", "PodDisruptionBudget", "Secret", "ServiceMonitor"]
+    optional = ["ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "PrometheusRule", "Secret"]
+    optional.append("ServiceMonitor")
     assert sorted(manifest["kind"] for manifest in render("cpu")) == usual
     assert sorted(m["kind"] for m in render("everything")) == sorted(usual + optional)
 

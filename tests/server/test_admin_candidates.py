@@ -84,6 +84,10 @@ def test_matrices_as_lists_or_as_base64(app: FastAPI, control: FakeControl, tmp_
             "rows of different lengths",
         ),
         (
+            {"layers": [{"layer": 0, "experts": 2, "top_k": 1, "merge": [[1e39, 2]]}]},
+            "too large, expected float32",
+        ),
+        (
             {
                 "layers": [
                     {"layer": 0, "experts": 2, "top_k": 1}

@@ -14,6 +14,24 @@ from liveprune.server import live_metrics
 from liveprune.server.live_metrics import LiveMetrics, published
 from liveprune.server.operations import Operation, State
 from tests.server.fake_control import FakeControl, view
+from tests.server.full_metrics import full_metrics
+
+_FINDING = {"measure", "role"}
+CLOSED = {
+    "liveprune_variant_info": {"experts", "top_k", "digest"},
+    "liveprune_requests": {"outcome"},
+    "liveprune_finish_reasons": {"reason"},
+    "liveprune_degenerate_outputs": {"kind"},
+    "liveprune_jobs": {"state"},
+    "liveprune_experiments": {"state"},
+    "liveprune_experiments_last_end_timestamp_seconds": {"state"},
+    "liveprune_experiment_verdict": {"verdict"},
+    "liveprune_experiment_difference": _FINDING,
+    "liveprune_experiment_difference_lower": _FINDING,
+    "liveprune_experiment_difference_upper": _FINDING,
+    "liveprune_experiment_difference_limit": _FINDING,
+}
+"""Further labels of some families, each with few values."""
 
 
 def samples(metrics: LiveMetrics) -> dict[str, dict[tuple[str, ...], float]]:
@@ -173,20 +191,19 @@ def test_an_engine_that_does_not_answer_leaves_the_counts(
 
 
 def test_names_and_labels_keep_the_rules() -> None:
-    metrics = refreshed(FakeControl())
+    metrics = full_metrics()
     families = list(text_string_to_metric_families(metrics.page("")[0].decode()))
-    assert len(families) == 28
+    assert len(families) == 40
     for family in families:
         assert re.fullmatch(r"liveprune_[a-z_]+", family.name)
         assert family.documentation.endswith(".")
         for sample in family.samples:
             labels = set(sample.labels) - {"le"}
-            if family.name == "liveprune_variant_info":
-                labels -= {"experts", "top_k", "digest"}
-            if family.name == "liveprune_jobs":
-                labels -= {"state"}
-            assert labels <= {"model", "variant", "outcome"}
-            if family.name.endswith("_seconds") or sample.name.endswith("_total"):
+            labels -= CLOSED.get(family.name, set())
+            assert labels <= {"model", "variant", "outcome", "experiment", "arm"}
+            if family.name.endswith("_timestamp_seconds"):
+                assert family.type == "gauge"
+            elif family.name.endswith("_seconds") or sample.name.endswith("_total"):
                 assert family.type in ("histogram", "counter")
 
 

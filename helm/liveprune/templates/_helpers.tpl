@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Room is left in 63 characters for the suffixes "-api-key", "-state" and "-test". */}}
+{{/* Room is left in 63 characters for the suffixes "-api-key", "-grafana", "-state" and "-test". */}}
 {{- define "liveprune.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride }}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) }}
