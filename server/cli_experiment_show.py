@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("ttft_seconds", "inter_token_seconds", "e2e_seconds")
-"""Metrics whose p95 is shown of each arm; the primary measure and guardrails are findings."""
+COLUMNS = {"ttft_seconds": "TTFT", "inter_token_seconds": "ITL", "e2e_seconds": "E2E"}
+"""Metrics whose p95 is shown of each arm, under short names: a terminal has 80 columns. The primary
+measure and guardrails are findings."""
 
 
 def show(experiment: Mapping[str, Any], console: Console) -> None:
@@ -53,11 +54,11 @@ def summary(experiment: Mapping[str, Any]) -> str:
 def _arms(experiment: Mapping[str, Any]) -> Table:
     seen = {name for arm in experiment["arms"] for name in arm["metrics"]}
     columns = [name for name in COLUMNS if name in seen]
-    heads = [f"{name.removesuffix('_seconds')} p95" for name in columns]
+    heads = [f"{COLUMNS[name]} p95" for name in columns]
     table = Table("arm", "variant", "share", "units", "requests", *heads)
     control = experiment["definition"]["control"]
     for arm in experiment["arms"]:
-        role = " (control)" if arm["name"] == control else " (shadow)" if arm["shadow"] else ""
+        role = "\ncontrol" if arm["name"] == control else "\nshadow" if arm["shadow"] else ""
         table.add_row(
             f"{arm['name']}{role}",
             arm["variant"],
@@ -70,17 +71,17 @@ def _arms(experiment: Mapping[str, Any]) -> Table:
 
 
 def _findings(decision: Mapping[str, Any]) -> Table:
-    table = Table("arm", "measure", "role", "state", "control", "arm's", "difference", "limit", "n")
+    table = Table("arm", "measure", "state", "control", "arm's", "difference", "limit", "n")
     for finding in decision["findings"]:
         ends = (_number(finding[end], "unbounded") for end in ("lower", "upper"))
+        role = "\nprimary" if finding["role"] == "primary" else ""
         table.add_row(
             finding["arm"],
-            finding["measure"],
-            finding["role"],
+            f"{finding['measure']}{role}",
             finding["state"],
             _number(finding["control"]),
             _number(finding["treatment"]),
-            "" if finding["state"] == "no data" else " to ".join(ends),
+            "" if finding["state"] == "no data" else " to\n".join(ends),
             _number(finding["limit"]),
             f"{finding['count']:,}",
         )
@@ -104,8 +105,11 @@ def _time(moment: float) -> str:
 
 
 def _seconds(metric: Mapping[str, Any] | None) -> str:
-    return "" if metric is None or metric["p95"] is None else f"{metric['p95']:.3g} s"
+    if metric is None or metric["p95"] is None:
+        return ""
+    value = metric["p95"]
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _number(value: float | None, missing: str = "") -> str:
-    return missing if value is None else f"{value:.4g}"
+    return missing if value is None else f"{value:.3g}"

@@ -147,8 +147,9 @@ def test_show_says_all_that_matters(api: Api) -> None:
     assert "experiment halve on tiny: running (dry run)" in shown
     count = str(arms.count("pruned"))
     assert row(shown, "pruned ")[:5] == ["pruned", "e4", "50%", count, count]
-    assert row(shown, "full (control)")[1:3] == ["full", "50%"]
-    finding = next(x for x in shown.splitlines() if "guardrail" in x)
+    assert row(shown, "full ")[1:3] == ["full", "50%"]
+    assert row(shown, "control")[0] == "control"
+    finding = next(x for x in shown.splitlines() if "loop" in x and "│" in x)
     assert "worse" in finding
     assert " to unbounded" not in finding
     assert "ROLLBACK pruned (decision 1," in shown
