@@ -195,7 +195,7 @@ def test_an_answer_is_measured(endpoint: str, stream: bool, run: Run, world: Wor
         assert 0 <= found.values["inter_token_seconds"] < found.values["e2e_seconds"]
         assert "queue_seconds" not in found.values, "--disable-log-stats: no such events"
         assert ids_in(answer.text, endpoint, stream) == {found.response_id}
-        assert world.experiments.take_answers() == {found.response_id: found.assignment}
+        assert world.experiments.answers() == {found.response_id: found.assignment}
         assert {name: world.mean(name) for name in found.values} == found.values
         assert world.heard == [found]
         assert front.llm.output_processor.liveprune_sequences == {}
@@ -255,7 +255,7 @@ def test_requests_outside_of_experiments_are_counted_too(run: Run, world: World)
         (found,) = world.all
         assert (found.served, found.assignment, found.outcome) == (E4, None, "ok")
         assert (world.arms, world.heard) == (set(), [])
-        assert world.experiments.take_answers() == {}
+        assert world.experiments.answers() == {}
         assert world.counter("liveprune_requests_total")[E4.name, "ok"] == 1
 
     run(test)
@@ -267,7 +267,7 @@ def test_the_measures_of_a_shadow_arm_are_its_copys(run: Run, world: World) -> N
 
     async def test(front: FrontEnd) -> None:
         await front.post("/v1/completions", {"model": NAME, **TEXT})
-        assert (world.arms, world.experiments.take_answers()) == (set(), {})
+        assert (world.arms, world.experiments.answers()) == (set(), {})
         assert [x.assignment for x in world.heard] == [world.directory.assigned]
 
     run(test)
@@ -283,7 +283,7 @@ def test_a_failure_of_the_engine_is_an_error(stream: bool, run: Run, world: Worl
         assert (found.outcome, found.values) == ("error", {"error": 1.0})
         assert world.mean("error") == 1
         assert world.heard == []
-        assert world.experiments.take_answers() == {}
+        assert world.experiments.answers() == {}
         assert world.counter("liveprune_finish_reasons_total") == {(E2.name, "error"): 1}
         assert world.counter("liveprune_requests_total") == {
             (E2.name, "ok"): 0,

@@ -229,7 +229,10 @@ def serving(app: FastAPI) -> Iterator[str]:
     ending = asyncio.Event()
 
     async def run() -> None:
-        started.append(await start(app, port=0, on_stop=app.state.events.close))
+        options = {}
+        if hasattr(app.state, "events"):  # some apps are not the admin API
+            options["on_stop"] = app.state.events.close
+        started.append(await start(app, port=0, **options))
         ready.set()
         await ending.wait()
         await started[0].stop()

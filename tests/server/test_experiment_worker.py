@@ -253,8 +253,9 @@ def test_a_store_that_is_away_loses_nothing(
 def test_a_damaged_experiment_harms_no_other(site: Site, caplog: Any) -> None:
     async def test() -> None:
         await site.start(traffic=[0, 0.5])
-        await site.start(name="rest", traffic=[0.5, 1])
-        await site.start(name="third", model="other")
+        await site.start(name="rest", traffic=[0.5, 0.75])
+        # The alias is one, whichever of its names is given.
+        await site.start(name="third", model="other", traffic=[0.75, 1])
         table = schema.experiments
         with site.store.writing() as connection:
             bad = table.update().where(table.c.name == "rest")
