@@ -1,9 +1,10 @@
 """What users notice of background work: a search on the live engine, and live statistics.
 
-    python -m benchmarks.background [--parts search statistics] [--streams 4] [--rounds 8]
-        [--window 20] [--output FILE.json]
+    python -m benchmarks.background [--parts search statistics] [--streams 4] [--pause 1]
+        [--rounds 8] [--window 20] [--output FILE.json]
 
-* search: one server, streams from another process that never stop, and a job (EEP without labels,
+* search: one server, streams from another process that think for a second between two requests
+  (where users never let go of the engine, candidates have no turn), and a job (EEP without labels,
   agreement with the full model) that the switch of background work stops and lets go on: windows
   with and without it alternate. A window with it begins once it has scored a candidate. Time to the
   first token, time per output token, the longest gap between two chunks of an answer, and the whole
@@ -54,6 +55,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48, help="of each streamed answer")
+    parser.add_argument(
+        "--pause", type=float, default=1, help="seconds between a stream's answers, part search"
+    )
     parser.add_argument("--rounds", type=int, default=8, help="windows of each side")
     parser.add_argument("--window", type=float, default=20, help="seconds")
     parser.add_argument("--share", type=float, help="of the engine's time; default: the server's")
@@ -149,7 +153,8 @@ def _windows(
     """Everything that was answered, and the windows of each side; a first round warms up."""
     taken: dict[str, list[Window]] = {side: [] for side in sides}
     output = served.state / "streams.json"
-    with streaming(served.server.port, arguments.streams, arguments.tokens, output):
+    pause = arguments.pause
+    with streaming(served.server.port, arguments.streams, arguments.tokens, output, pause=pause):
         for number in range(arguments.rounds + 1):
             # One after the other first: a drift of the machine has no side.
             for side in sorted(sides, reverse=bool(number % 2)):

@@ -75,7 +75,7 @@ def read(prompt: int, lines: Sequence[tuple[float, bytes]]) -> Json:
     return found
 
 
-def _run(port: int, streams: int, tokens: int, output: str, model: str) -> None:
+def _run(port: int, streams: int, tokens: int, output: str, model: str, pause: float) -> None:
     """Ask until standard input ends."""
     records: list[tuple[int, list[tuple[float, bytes]]]] = []
     stop = threading.Event()
@@ -86,8 +86,7 @@ def _run(port: int, streams: int, tokens: int, output: str, model: str) -> None:
             lines = await ask(port, model, PROMPTS[prompt], tokens)
             records.append((prompt, lines))
             number += 1
-            if b"error" in lines[-1][1][:5]:
-                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1 if b"error" in lines[-1][1][:5] else pause)
 
     async def run() -> None:
         await asyncio.gather(*(client(number) for number in range(streams)))
@@ -103,11 +102,17 @@ def _run(port: int, streams: int, tokens: int, output: str, model: str) -> None:
 
 @contextlib.contextmanager
 def streaming(
-    port: int, streams: int, tokens: int, output: Path, model: str = NAME
+    port: int,
+    streams: int,
+    tokens: int,
+    output: Path,
+    model: str = NAME,
+    pause: float = 0.0,
 ) -> Iterator[None]:
-    """Have so many streams ask without a pause; their answers are in ``output`` afterwards."""
-    what = {"port": port, "streams": streams, "tokens": tokens, "output": str(output)}
-    command = [sys.executable, "-m", "benchmarks.streams", json.dumps(what | {"model": model})]
+    """Have so many streams ask, ``pause`` seconds after each answer; ``output`` has all."""
+    what: Json = {"port": port, "streams": streams, "tokens": tokens, "output": str(output)}
+    what |= {"model": model, "pause": pause}
+    command = [sys.executable, "-m", "benchmarks.streams", json.dumps(what)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         try:
             time.sleep(5)  # imports
