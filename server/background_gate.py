@@ -117,10 +117,13 @@ class BackgroundGate:
         """Whether one more would be let in now."""
         self._account()
         users = self._traffic.in_flight
-        if self._traffic.waiting or self._saved <= 0 or self._at < self._paused_until:
+        if self._traffic.waiting or self._saved <= 0:
             return False
+        if not users:  # there is nobody to slow down, whatever happened before
+            return True
         # Without its quiet level nobody can say whether users are slowed down.
-        return not users or (self.inside == 0 and self._quiet.steps >= QUIET_STEPS)
+        known = self._quiet.steps >= QUIET_STEPS
+        return known and self.inside == 0 and self._at >= self._paused_until
 
     def _account(self) -> None:
         """Bring the books up to now."""

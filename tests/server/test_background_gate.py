@@ -155,6 +155,23 @@ def test_it_pauses_longer_each_time_users_are_slowed_down() -> None:
     run(test())
 
 
+def test_a_pause_is_for_users_only() -> None:
+    async def test() -> None:
+        world = World()
+        world.traffic.in_flight = 1
+        world.quiet(0.010)
+        async with world.gate.place():
+            for _ in range(3):
+                world.traffic.step(0.020)
+        assert not world.gate.opens
+        world.traffic.in_flight = 0
+        assert world.gate.opens, "they are gone, so nobody is slowed down"
+        world.traffic.in_flight = 1
+        assert not world.gate.opens, "and when they are back it holds again"
+
+    run(test())
+
+
 def test_more_users_are_not_taken_for_a_slowdown_for_long() -> None:
     async def test() -> None:
         world = World()
