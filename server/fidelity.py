@@ -28,6 +28,7 @@ from liveprune.pruning.evaluation.engine import AnswerScores, TokenRow
 from liveprune.server.candidates import LiveCandidates
 from liveprune.server.experiments.live import Assignment, LiveExperiments
 from liveprune.server.registry import Registry
+from liveprune.server.running_task import running_task
 from liveprune.server.variant import FULL
 
 WAITING = 256
@@ -84,13 +85,8 @@ class Fidelity:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Score until the block is left."""
-        task = asyncio.create_task(self._run(), name="fidelity")
-        try:
+        async with running_task(self._run(), "fidelity"):
             yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
     async def _run(self) -> None:
         while True:

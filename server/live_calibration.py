@@ -24,6 +24,7 @@ from liveprune.pruning.errors import DataError, EngineError
 from liveprune.pruning.model_spec import ModelSpec
 from liveprune.server.engine import LiveEngine
 from liveprune.server.registry import Registry
+from liveprune.server.running_task import running_task
 from liveprune.server.usage_window import UsageWindow, added, routing_statistics, since, usage
 from liveprune.server.variant import FULL, Variant
 
@@ -119,13 +120,10 @@ class LiveCalibration:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Look at the engine at each interval; once more, and save, at the end."""
-        task = asyncio.create_task(self._run(), name="live statistics")
         try:
-            yield
+            async with running_task(self._run(), "live statistics"):
+                yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
             await self._look()
 
     async def poll(self) -> None:
